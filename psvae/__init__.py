@@ -1,0 +1,60 @@
+"""psvae: image latents that also carry meaning.
+
+The data's path, and the module that walks each step of it::
+
+    image ─SemanticEncoder─▶ features ─SemanticVAE─▶ latent ─PixelDecoder─▶ image
+
+`PSVAE` wires the three behind the face of a Stable-Diffusion-style VAE. Names are resolved on first
+use, so that ``import psvae`` costs no more than ``import torch``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PSVAE": "psvae.autoencoders",
+    "PSVAEConfig": "psvae.autoencoders",
+    "PSVAEOutput": "psvae.autoencoders",
+    "SemanticEncoder": "psvae.encoders",
+    "SemanticEncoderConfig": "psvae.encoders",
+    "SemanticVAE": "psvae.vae",
+    "SemanticVAEConfig": "psvae.vae",
+    "PixelDecoder": "psvae.decoders",
+    "PixelDecoderConfig": "psvae.decoders",
+    "DiagonalGaussian": "psvae.latents",
+    "LatentSpec": "psvae.latents",
+    "fit_latent_statistics": "psvae.latents",
+    "PSVAEError": "psvae.errors",
+    "losses": "psvae.losses",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from psvae import losses as losses
+    from psvae.autoencoders import PSVAE as PSVAE
+    from psvae.autoencoders import PSVAEConfig as PSVAEConfig
+    from psvae.autoencoders import PSVAEOutput as PSVAEOutput
+    from psvae.decoders import PixelDecoder as PixelDecoder
+    from psvae.decoders import PixelDecoderConfig as PixelDecoderConfig
+    from psvae.encoders import SemanticEncoder as SemanticEncoder
+    from psvae.encoders import SemanticEncoderConfig as SemanticEncoderConfig
+    from psvae.errors import PSVAEError as PSVAEError
+    from psvae.latents import DiagonalGaussian as DiagonalGaussian
+    from psvae.latents import LatentSpec as LatentSpec
+    from psvae.latents import fit_latent_statistics as fit_latent_statistics
+    from psvae.vae import SemanticVAE as SemanticVAE
+    from psvae.vae import SemanticVAEConfig as SemanticVAEConfig
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'psvae' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+    module = importlib.import_module(_HOME[name])
+    return module if _HOME[name] == f"psvae.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

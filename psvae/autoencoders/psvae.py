@@ -1,0 +1,317 @@
+"""PSVAE: image ↔ latent, the paper's Figure 5 behind the face of a Stable-Diffusion-style VAE.
+
+    image ─encoder─▶ features ─vae.encoder─▶ latent ─decoder─▶ image
+                                               └─vae.decoder─▶ rebuilt features
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from torch import Generator, Tensor, nn
+
+from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
+from psvae.config import Config
+from psvae.decoders import PixelDecoder, PixelDecoderConfig, Tiling, decode_tiled
+from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
+from psvae.errors import ConfigError
+from psvae.hub.mixin import HubMixin
+from psvae.latents import DiagonalGaussian, LatentSpec
+from psvae.shapes import Features, Images, Latents, check_images, check_map
+from psvae.vae import SemanticVAE, SemanticVAEConfig
+
+__all__ = ["PSVAE", "PSVAEConfig"]
+
+
+@dataclass(frozen=True)
+class PSVAEConfig(Config):
+    """The three modules and how they are wired.
+
+    Attributes:
+        encoder, vae, decoder: their configurations. ``vae=None`` makes the features themselves the latents:
+            RAE with a frozen encoder, RAE-HD (section 5.4) with a trained one.
+        decoder_reads: ``"latents"`` (the paper), or ``"features"``: the semantic decoder's output, the
+            "D_Pixel on D_Semantic" variant of Table 5.
+        statistics_grid: ``None`` for latent statistics per channel, (h, w) for per element at that grid.
+        sample_size: the image size the model was trained at; also the tile size of `enable_tiling`.
+    """
+
+    encoder: SemanticEncoderConfig = field(default_factory=SemanticEncoderConfig)
+    vae: SemanticVAEConfig | None = field(default_factory=SemanticVAEConfig)
+    decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    decoder_reads: Literal["latents", "features"] = "latents"
+    statistics_grid: tuple[int, int] | None = None
+    sample_size: int = 256
+
+    def validate(self) -> None:
+        stride, levels = self.encoder.stride, len(self.decoder.channel_multipliers)
+        if self.decoder.stride != stride:
+            raise ConfigError(
+                f"the encoder has stride {stride} and the decoder {self.decoder.stride} ({levels} levels); wanted the "
+                "same: channel_multipliers needs log2(stride) + 1 entries"
+            )
+        if self.vae is None:
+            self.require(self.decoder_reads == "latents", "decoder_reads", "'latents' where there is no SemanticVAE")
+        else:
+            reads = self.vae.latent_channels if self.decoder_reads == "latents" else self.vae.feature_dim
+            if self.decoder.latent_channels != reads:
+                raise ConfigError(
+                    f"the decoder takes {self.decoder.latent_channels} channels and reads {self.decoder_reads} of {reads}; "
+                    "wanted the same: set decoder.latent_channels"
+                )
+        self.require(self.sample_size % stride == 0, "sample_size", f"a multiple of the stride {stride}")
+
+    @classmethod
+    def dinov2_base(cls, latent_channels: int = 96) -> "PSVAEConfig":
+        """The paper's tokenizer (section 4.1): DINOv2-B, stride 16; it reports 96 and 32 channels."""
+        return cls(
+            vae=SemanticVAEConfig(latent_channels=latent_channels),
+            decoder=PixelDecoderConfig(latent_channels=latent_channels),
+        )
+
+    @classmethod
+    def siglip2_so400m(cls, latent_channels: int = 96) -> "PSVAEConfig":
+        """The paper's second tokenizer (section 4.4): SigLIP2-so400m/14, stride 16."""
+        half = (0.5, 0.5, 0.5)
+        return cls(
+            encoder=SemanticEncoderConfig("vit_so400m_patch14_siglip_224.v2_webli", mean=half, std=half),
+            vae=SemanticVAEConfig(
+                feature_dim=1152, latent_channels=latent_channels, num_heads=16, mlp_dim=4304,
+                activation="gelu_tanh", layer_scale=None,
+            ),
+            decoder=PixelDecoderConfig(latent_channels=latent_channels),
+        )  # fmt: skip
+
+    # What code written for AutoencoderKL reads from ``vae.config``.
+
+    @property
+    def latent_channels(self) -> int:
+        """Z, of what `PSVAE.encode` returns."""
+        return self.decoder.latent_channels if self.vae is None else self.vae.latent_channels
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """The stride."""
+        return self.encoder.stride
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """Width of each decoder level; callers take the stride from its length, 2 ** (len − 1)."""
+        return tuple(self.decoder.base_channels * m for m in self.decoder.channel_multipliers)
+
+    encoder_block_out_channels = block_out_channels
+
+    @property
+    def in_channels(self) -> int:
+        """Image channels in."""
+        return 3
+
+    @property
+    def out_channels(self) -> int:
+        """Image channels out."""
+        return self.decoder.out_channels
+
+    @property
+    def scaling_factor(self) -> float:
+        """1: `PSVAE.encode` already returns normalised latents."""
+        return 1.0
+
+    @property
+    def shift_factor(self) -> float:
+        """0, never None: some callers add it unasked."""
+        return 0.0
+
+    @property
+    def latents_mean(self) -> None:
+        """None: the statistics are applied inside, per channel, by `LatentSpec`."""
+
+    @property
+    def latents_std(self) -> None:
+        """None, as `latents_mean`."""
+
+    @property
+    def force_upcast(self) -> bool:
+        """False: half precision decodes without overflow."""
+        return False
+
+
+class PSVAE(nn.Module, HubMixin):
+    """Images ``B 3 H W`` in [-1, 1] ↔ normalised latents ``B Z h w``, h = H / stride, w = W / stride.
+
+    `encode` returns latents normalised by the statistics in ``latent_spec`` and `decode` undoes it, so callers
+    scale by 1 and shift by 0. Built without weights: `from_encoder` starts from a pretrained encoder,
+    `from_pretrained` loads a trained PSVAE.
+
+    Attributes:
+        encoder: `SemanticEncoder`. vae: `SemanticVAE` or None. decoder: `PixelDecoder`.
+        latent_spec: `LatentSpec`.
+    """
+
+    config_class = PSVAEConfig
+
+    def __init__(self, config: PSVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = SemanticEncoder(config.encoder)
+        self.vae = None if config.vae is None else SemanticVAE(config.vae)
+        self.decoder = PixelDecoder(config.decoder)
+        self.latent_spec = LatentSpec(config.latent_channels, config.encoder.stride, config.statistics_grid)
+        wanted = config.decoder.latent_channels if config.vae is None else config.vae.feature_dim
+        if self.encoder.feature_dim != wanted:
+            field_name = "decoder.latent_channels" if config.vae is None else "vae.feature_dim"
+            raise ConfigError(
+                f"{config.encoder.name!r} has features of width {self.encoder.feature_dim}; {field_name} is {wanted}"
+            )
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tiling: Tiling | None = None
+
+    @classmethod
+    def from_encoder(cls, encoder: SemanticEncoder, config: PSVAEConfig) -> Self:
+        """A fresh SemanticVAE and PixelDecoder around an encoder that has weights: the start of stage 1.
+
+        With ``config.vae.block_init == "encoder"`` the encoder's last blocks are copied into the SemanticVAE.
+
+        Args:
+            encoder: becomes part of the model; not copied.
+            config: its ``encoder`` field is replaced by the encoder's own configuration.
+        """
+        model = cls(config.replace(encoder=encoder.config))
+        model.encoder = encoder
+        if model.vae is not None and config.vae is not None and config.vae.block_init == "encoder":
+            model.vae.copy_blocks(encoder.vit.blocks)
+        return model
+
+    def forward(
+        self,
+        sample: Images,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: Generator | list[Generator] | None = None,
+        detach_latents: bool = False,
+    ) -> PSVAEOutput | tuple[Tensor]:
+        """Image to image, with every intermediate that a loss needs. Train through this call, so that DDP and
+        FSDP see the gradients.
+
+        Args:
+            sample: images ``B 3 H W`` in [-1, 1].
+            sample_posterior: draw the latents; otherwise take the posterior's mean.
+            return_dict: `PSVAEOutput`, or the 1-tuple ``(sample,)``.
+            detach_latents: stop the pixel decoder's gradient at its input (stage 1, section 3.3).
+
+        Raises:
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+        """
+        features = self.encoder(sample)
+        if self.vae is None:
+            latents, parameters, rebuilt = features, None, None
+        else:
+            parameters = self.vae.encoder(features)
+            posterior = DiagonalGaussian(parameters)
+            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+            rebuilt = self.vae.decoder(latents)
+        source = latents if self.config.decoder_reads == "latents" else rebuilt
+        image = self.decoder(source.detach() if detach_latents else source)
+        return PSVAEOutput(image, features, rebuilt, latents, parameters) if return_dict else (image,)
+
+    def encode(self, images: Images, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussian]:
+        """Images ``B 3 H W`` in [-1, 1] → ``.latent_dist`` over normalised latents ``B Z h w``.
+
+        Raises:
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+        """
+        check_images(images, self.config.encoder.stride)
+        slices = images.split(1) if self.use_slicing else [images]
+        raw = DiagonalGaussian.cat([self._posterior(self.encoder(part)) for part in slices])
+        posterior = self.latent_spec.normalize_posterior(raw)
+        return EncoderOutput(posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, latents: Latents, return_dict: bool = True, generator: Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Normalised latents ``B Z h w`` → ``.sample``, images ``B C H W``, nominally in [-1, 1], not clamped.
+
+        Args:
+            generator: accepted because SD-style callers pass it; decoding is deterministic.
+
+        Raises:
+            ShapeError: wrong rank or channel count. DtypeError: integer latents.
+        """
+        check_map(latents, self.config.latent_channels, "latents")
+        raw = self.latent_spec.denormalize(latents)
+        image = torch.cat([self._paint(part) for part in (raw.split(1) if self.use_slicing else [raw])])
+        return DecoderOutput(image) if return_dict else (image,)
+
+    def features(self, images: Images) -> Features:
+        """The encoder's features ``B D h w``."""
+        return self.encoder(images)
+
+    def decode_features(self, latents: Latents) -> Features:
+        """Normalised latents ``B Z h w`` → rebuilt features ``B D h w``."""
+        check_map(latents, self.config.latent_channels, "latents")
+        raw = self.latent_spec.denormalize(latents)
+        return raw if self.vae is None else self.vae.decoder(raw)
+
+    def _posterior(self, features: Features) -> DiagonalGaussian:
+        return DiagonalGaussian.point(features) if self.vae is None else DiagonalGaussian(self.vae.encoder(features))
+
+    def _paint(self, raw: Latents) -> Images:
+        reads_features = self.vae is not None and self.config.decoder_reads == "features"
+        source = self.vae.decoder(raw) if self.vae is not None and reads_features else raw
+        if self.use_tiling and self.tiling is not None:
+            return decode_tiled(self.decoder, source, self.config.encoder.stride, self.tiling)
+        return self.decoder(source)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the decoder's weights."""
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the decoder's weights."""
+        return self.decoder.conv_in.weight.device
+
+    def enable_slicing(self) -> None:
+        """Encode and decode a batch one item at a time."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Whole batches again."""
+        self.use_slicing = False
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Decode images larger than a tile tile by tile. Encoding is never tiled: every token attends to all.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: size of a tile in pixels; ``config.sample_size``.
+            tile_sample_stride_height, tile_sample_stride_width: step between tiles in pixels; 3/4 of a tile.
+        """
+        stride = self.config.encoder.stride
+        tile = [size or self.config.sample_size for size in (tile_sample_min_height, tile_sample_min_width)]
+        asked = (tile_sample_stride_height, tile_sample_stride_width)
+        step = [size or max(stride, side * 3 // 4) for size, side in zip(asked, tile, strict=True)]
+        cells = [max(1, size // stride) for size in (*tile, *step)]
+        self.use_tiling, self.tiling = True, Tiling((cells[0], cells[1]), (cells[2], cells[3]))
+
+    def disable_tiling(self) -> None:
+        """Whole images again."""
+        self.use_tiling = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory in training, in all three modules."""
+        for part in (self.encoder, self.vae, self.decoder):
+            if part is not None:
+                part.enable_gradient_checkpointing()
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        for part in (self.encoder, self.vae, self.decoder):
+            if part is not None:
+                part.disable_gradient_checkpointing()

@@ -1,0 +1,113 @@
+"""The only file that touches timm: build a Vision Transformer as the configuration says.
+
+timm builds every family (DINOv2, DINOv3, SigLIP2, MAE, CLIP) and knows where its published weights are.
+What timm fixes in code but the latents depend on (how the position table is resized, whether the final
+norm has weights) is set here.
+"""
+
+import copy
+import difflib
+import importlib
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from psvae.errors import ConfigError, MissingDependencyError
+
+__all__ = ["build_vit", "fill_constant_buffers", "published_statistics"]
+
+RGB = tuple[float, float, float]
+
+
+def import_timm() -> Any:
+    """timm, or an error that names the usual cause and the mend."""
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises RuntimeError
+        raise MissingDependencyError(
+            f"timm builds the encoder and could not be imported ({type(error).__name__}: {error}). It needs a "
+            "torchvision that matches torch; install both from the same source in one command: "
+            "pip install --upgrade torch torchvision timm"
+        ) from error
+
+
+def build_vit(
+    name: str,
+    model_args: dict[str, Any],
+    *,
+    final_norm: Literal["plain", "affine", "none"],
+    position_mode: str,
+    position_antialias: bool,
+    pretrained: bool = False,
+    file: str | None = None,
+) -> Any:
+    """A timm ViT without head or pooling, whose patch grid follows the image.
+
+    Args:
+        pretrained: read timm's published weights, from its cache or the Hub.
+        file: read this local file instead; timm resamples and converts as it does for its own.
+
+    Raises:
+        ConfigError: timm has no such model, refuses ``model_args``, or the model is not a plain ViT.
+        MissingDependencyError: timm or its torchvision cannot be imported.
+    """
+    timm = import_timm()
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3, cutoff=0.4)
+        raise ConfigError(f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}")
+    overlay = None if file is None else {"file": file}
+    arguments = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True, **copy.deepcopy(model_args)}
+    try:
+        vit = timm.create_model(
+            name, pretrained=pretrained or file is not None, pretrained_cfg_overlay=overlay, **arguments
+        )
+    except TypeError as error:
+        raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
+    if not all(hasattr(vit, part) for part in ("patch_embed", "blocks", "norm", "forward_intermediates")):
+        raise ConfigError(f"{name!r} is a {type(vit).__name__}; wanted a Vision Transformer with patch tokens")
+    _configure_positions(vit, name, position_mode, position_antialias)
+    if final_norm == "none":
+        vit.norm = nn.Identity()
+    elif final_norm == "plain" and isinstance(vit.norm, nn.LayerNorm):
+        vit.norm = nn.LayerNorm(vit.embed_dim, eps=vit.norm.eps, elementwise_affine=False)
+    return vit
+
+
+def _configure_positions(vit: Any, name: str, mode: str, antialias: bool) -> None:
+    """Resize the learned position table as configured; timm's own choice is bicubic with antialias."""
+    if (mode, antialias) == ("bicubic", True):
+        return
+    if not getattr(vit, "dynamic_img_size", False) or vit.pos_embed is None:
+        raise ConfigError(
+            f"position_mode={mode!r}, position_antialias={antialias} came for {name!r}, which has no learned "
+            "position table to resize; leave them at 'bicubic' and True"
+        )
+    from psvae.encoders._positions import ConfiguredPositions  # imports timm
+
+    vit.__class__ = ConfiguredPositions
+    vit.position_mode, vit.position_antialias = mode, antialias
+
+
+def fill_constant_buffers(model: nn.Module, device: torch.device | str) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies) after a build on the meta device."""
+    for module in model.modules():
+        unfilled = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in unfilled:
+            module.register_buffer(name, torch.empty_like(module.get_buffer(name), device=device), persistent=False)
+        if unfilled:
+            module._init_buffers()  # timm's hook for exactly this
+
+
+def published_statistics(name: str) -> tuple[RGB, RGB]:
+    """The (mean, std) per colour that timm publishes for ``name``, for pixels in [0, 1].
+
+    Raises:
+        ConfigError: timm publishes no weights of that name.
+    """
+    timm = import_timm()
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ConfigError(f"timm publishes no weights named {name!r}: {error}") from error
+    return tuple(published.mean), tuple(published.std)

@@ -1,0 +1,183 @@
+"""SemanticEncoder: image → features, by a pretrained Vision Transformer (paper, section 3.3, E_V)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psvae.config import Config
+from psvae.encoders._timm import build_vit, fill_constant_buffers, published_statistics
+from psvae.hub.mixin import HubMixin
+from psvae.shapes import Features, Images, check_images
+
+__all__ = ["EncoderTokens", "SemanticEncoder", "SemanticEncoderConfig"]
+
+RGB = tuple[float, float, float]
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class SemanticEncoderConfig(Config):
+    """Everything that changes the encoder's numbers.
+
+    The defaults are the paper's: DINOv2-B (with registers, as RAE, which it follows), last layer, final
+    norm without weights, a 224 px view of a 256 px image (section 4.1).
+
+    Attributes:
+        name: a timm Vision Transformer, such as ``vit_base_patch14_reg4_dinov2.lvd142m``.
+        model_args: arguments for timm's constructor, such as ``{"embed_dim": 192, "depth": 4}``.
+        stride: image pixels per token. The image is resized inside to ``patch·h × patch·w``; with
+            stride = patch nothing is resized.
+        mean, std: normalisation of pixels in [0, 1].
+        resize_mode, resize_antialias: how the image is resized inside. RAE: bicubic, no antialias.
+        layer: which block's output, negative from the end.
+        final_norm: ``"plain"`` (LayerNorm without weights, RAE), ``"affine"`` (the encoder's own) or ``"none"``.
+        position_mode, position_antialias: how a learned position table follows the grid.
+    """
+
+    name: str = "vit_base_patch14_reg4_dinov2.lvd142m"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    stride: int = 16
+    mean: RGB = IMAGENET_MEAN
+    std: RGB = IMAGENET_STD
+    resize_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_antialias: bool = False
+    layer: int = -1
+    final_norm: Literal["plain", "affine", "none"] = "plain"
+    position_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    position_antialias: bool = True
+
+    def validate(self) -> None:
+        self.require(bool(self.name), "name", "a timm model name")
+        self.require(self.stride >= 1, "stride", "at least 1")
+        self.require(min(self.std) > 0, "std", "three positive numbers")
+
+
+class EncoderTokens(NamedTuple):
+    """All that one pass of the encoder knows.
+
+    Attributes:
+        features: ``B D h w``, after the final norm.
+        pre_norm: ``B D h w``, before it.
+        global_token: ``B D``, the normed CLS token, or the mean of the normed patch tokens where there is none.
+    """
+
+    features: Features
+    pre_norm: Features
+    global_token: Float[Tensor, "B D"]
+
+
+class SemanticEncoder(nn.Module, HubMixin):
+    """Images ``B 3 H W`` in [-1, 1] → features ``B D h w``, h = H / stride, w = W / stride.
+
+    Any H and W that are multiples of the stride, rectangles too. Class and register tokens are dropped.
+    Built without weights; `from_timm` brings the published ones.
+
+    Args:
+        config: see `SemanticEncoderConfig`.
+
+    Attributes:
+        feature_dim: D.
+        patch: the patch size of the Vision Transformer, in pixels of its own input.
+    """
+
+    config_class = SemanticEncoderConfig
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: SemanticEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = build_vit(config.name, config.model_args, **_choices(config))
+        self.feature_dim: int = self.vit.embed_dim
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        last = len(self.vit.blocks) - 1
+        config.require(-last - 1 <= config.layer <= last, "layer", f"{-last - 1} to {last} for {config.name!r}")
+        # the device is named so that a build on the meta device still holds the numbers
+        self.register_buffer("mean", torch.tensor(config.mean, device="cpu").view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std, device="cpu").view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_timm(cls, name: str, *, pretrained: bool = True, file: str | None = None, **fields: Any) -> Self:
+        """Build from a timm name, with timm's published mean and std, and its weights.
+
+        Args:
+            pretrained: fetch the published weights (timm's cache, then the Hub). ``False`` leaves them random.
+            file: a local weights file to read instead.
+            **fields: other fields of `SemanticEncoderConfig`.
+        """
+        mean, std = published_statistics(name)
+        config = SemanticEncoderConfig.from_dict({"name": name, "mean": mean, "std": std, **fields})
+        if not pretrained and file is None:
+            return cls(config)
+        with torch.device("meta"):
+            encoder = cls(config)
+        encoder.vit = build_vit(name, config.model_args, pretrained=pretrained, file=file, **_choices(config))
+        return encoder.eval()
+
+    def forward(self, images: Images, return_all: bool = False) -> Features | EncoderTokens:
+        """Encode images.
+
+        Args:
+            images: ``B 3 H W`` in [-1, 1].
+            return_all: return `EncoderTokens`: also the pre-norm features and the global token.
+
+        Raises:
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+        """
+        stride, patch = self.config.stride, self.patch
+        check_images(images, stride)
+        height, width = images.shape[-2] // stride, images.shape[-1] // stride
+        pixels = self._preprocess(images, (patch * height, patch * width))
+        [(pre_norm, prefix)] = self.vit.forward_intermediates(
+            pixels,
+            indices=[self.config.layer % len(self.vit.blocks)],
+            stop_early=True,
+            output_fmt="NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        tokens = self.vit.norm(pre_norm)
+        features = _to_map(tokens, height)
+        if not return_all:
+            return features
+        cls_token = prefix is not None and self.vit.cls_token is not None
+        global_token = self.vit.norm(prefix[:, 0]) if cls_token else tokens.mean(dim=1)
+        return EncoderTokens(features, _to_map(pre_norm, height), global_token)
+
+    def _preprocess(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """[-1, 1] → the encoder's own size, mean and std."""
+        if images.shape[-2:] != size:
+            mode, antialias = self.config.resize_mode, self.config.resize_antialias
+            images = F.interpolate(images.float(), size, mode=mode, antialias=antialias).to(images.dtype)
+        return (images * 0.5 + 0.5 - self.mean) / self.std
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the blocks in backward instead of keeping their activations."""
+        self.vit.set_grad_checkpointing(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        self.vit.set_grad_checkpointing(False)
+
+    def _fill_constant_buffers(self, device: torch.device | str) -> None:
+        fill_constant_buffers(self.vit, device)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.name}, D={self.feature_dim}, patch={self.patch}, stride={self.config.stride}"
+
+
+def _choices(config: SemanticEncoderConfig) -> dict[str, Any]:
+    """What `build_vit` needs beside name and arguments."""
+    return {
+        "final_norm": config.final_norm,
+        "position_mode": config.position_mode,
+        "position_antialias": config.position_antialias,
+    }
+
+
+def _to_map(tokens: Float[Tensor, "B N D"], height: int) -> Features:
+    return tokens.transpose(1, 2).unflatten(2, (height, -1))

@@ -1,0 +1,101 @@
+"""Write a checkpoint so that a crash, a kill or a full disk leaves the older one intact."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from psvae.errors import CheckpointError
+from psvae.hub.cards import MARK
+from psvae.hub.reading import CONFIG, INDEX, WEIGHTS
+
+__all__ = ["write_checkpoint"]
+
+_STAGING = ".saving"
+
+
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], state: Mapping[str, Tensor], card: str, max_shard_size: str | int
+) -> None:
+    """Write everything under ``folder/.saving``, flush it to the disk, then move it into place.
+
+    Until the last move of the weights a reader sees the old checkpoint whole: a single file is replaced in
+    one step, and new shards have new names until their index is replaced in one step.
+
+    Raises:
+        CheckpointError: anything could not be written; the old checkpoint is as it was.
+    """
+    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    staging = folder / _STAGING
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file")
+        shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+        staging.mkdir(parents=True)
+        before = _weights_in(folder)
+        _stage_weights(staging, tensors, max_shard_size, before)
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        readme = folder / "README.md"
+        if not readme.exists() or MARK in readme.read_text(encoding="utf-8"):
+            (staging / readme.name).write_text(card, encoding="utf-8")
+        staged = sorted(staging.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == CONFIG))
+        for path in staged:
+            _flush(path)
+        for path in staged:
+            os.replace(path, folder / path.name)
+        _flush(folder)
+        for name in before - {path.name for path in staged}:
+            (folder / name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+        raise CheckpointError(
+            f"could not save to {folder} ({error}); {size / 1e6:.1f} MB were to be written and {free / 1e6:.1f} MB are "
+            "free there. What was saved before is untouched: make room or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stage_weights(staging: Path, tensors: dict[str, Tensor], max_shard_size: str | int, before: set[str]) -> None:
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    names = {name: name for name in plan.filename_to_tensors}
+    if plan.is_sharded and before & set(names):  # a name in use would be overwritten before the index is
+        token = uuid.uuid4().hex[:8]
+        names = {name: name.replace("model-", f"model-{token}-") for name in names}
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, staging / names[name], metadata={"format": "pt"})
+    if plan.is_sharded:
+        weight_map = {key: names[name] for key, name in plan.tensor_to_filename.items()}
+        index = {"metadata": plan.metadata, "weight_map": weight_map}
+        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """Names of the weight files of the checkpoint that is there, if any."""
+    names = {name for name in (WEIGHTS, INDEX) if (folder / name).exists()}
+    if INDEX in names:
+        try:
+            names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # a broken index names nothing; it is replaced or removed
+    return {name for name in names if Path(name).name == name}
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder, so that the moves never outrun the bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

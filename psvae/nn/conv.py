@@ -1,0 +1,54 @@
+"""The convolutional blocks of the LDM autoencoder (Rombach et al. 2022)."""
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psvae.nn.attention import attention
+
+__all__ = ["ResidualBlock", "SpatialAttention", "Upsample"]
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.shortcut(x) + y
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over the cells of a map, residual."""
+
+    def __init__(self, channels: int, norm_groups: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = rearrange(self.norm(x), "B D h w -> B 1 (h w) D")
+        y = self.proj(attention(self.q(tokens), self.k(tokens), self.v(tokens)))
+        return x + rearrange(y, "B 1 (h w) D -> B D h w", h=x.shape[-2])
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour ×2, then a 3×3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
