@@ -74,7 +74,9 @@ class PSVAEConfig(Config):
         """The paper's second tokenizer (section 4.4): SigLIP2-so400m/14, stride 16."""
         half = (0.5, 0.5, 0.5)
         return cls(
-            encoder=SemanticEncoderConfig("vit_so400m_patch14_siglip_224.v2_webli", mean=half, std=half),
+            encoder=SemanticEncoderConfig(
+                "vit_so400m_patch14_siglip_224.v2_webli", {"act_layer": "gelu_tanh"}, mean=half, std=half
+            ),  # timm's patch-14 models use the exact GELU; SigLIP2 was trained with the tanh form
             vae=SemanticVAEConfig(
                 feature_dim=1152, latent_channels=latent_channels, num_heads=16, mlp_dim=4304,
                 activation="gelu_tanh", layer_scale=None,

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from psvae.config import Config
 from psvae.hub.mixin import HubMixin
-from psvae.nn.conv import ResidualBlock, SpatialAttention, Upsample
+from psvae.nn.conv import ResidualBlock, SpatialAttention, Upsample, silu
 from psvae.shapes import Images, Latents, check_map
 
 __all__ = ["PixelDecoder", "PixelDecoderConfig"]
@@ -103,7 +102,7 @@ class PixelDecoder(nn.Module, HubMixin):
         x = self.middle(x)
         for level in self.levels:
             x = level(x, self.gradient_checkpointing and torch.is_grad_enabled())
-        return self.conv_out(F.silu(self.norm_out(x))).contiguous()
+        return self.conv_out(silu(self.norm_out(x))).contiguous()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the residual blocks in backward instead of keeping their activations."""

@@ -1,12 +1,18 @@
 """The convolutional blocks of the LDM autoencoder (Rombach et al. 2022)."""
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psvae.nn.attention import attention
 
-__all__ = ["ResidualBlock", "SpatialAttention", "Upsample"]
+__all__ = ["ResidualBlock", "SpatialAttention", "Upsample", "silu"]
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds: in place where no gradient needs the input."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
@@ -21,9 +27,9 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
+        return y.add_(self.shortcut(x))
 
 
 class SpatialAttention(nn.Module):
