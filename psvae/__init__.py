@@ -9,7 +9,7 @@ use, so that ``import psvae`` costs no more than ``import torch``.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from psvae.vae import SemanticVAEConfig as SemanticVAEConfig
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'psvae' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
     module = importlib.import_module(_HOME[name])

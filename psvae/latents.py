@@ -215,7 +215,9 @@ def fit_latent_statistics(
     constant = var <= 1e-24 * mean.square().clamp(min=1.0)
     if constant.any():
         dead = sorted(set(constant.nonzero()[:, 0].tolist()))
-        warnings.warn(f"latent channels {dead} are constant over the data; their std stays 1", RangeWarning, stacklevel=3)
+        warnings.warn(
+            f"latent channels {dead} are constant over the data; their std stays 1", RangeWarning, stacklevel=3
+        )
     std = torch.where(constant, torch.ones_like(var), var.sqrt())
     spec.mean.copy_(mean)
     spec.std.copy_(std)

@@ -1,11 +1,11 @@
 """PSVAE: image ↔ latent, the paper's Figure 5 behind the face of a Stable-Diffusion-style VAE.
 
-    image ─encoder─▶ features ─vae.encoder─▶ latent ─decoder─▶ image
-                                               └─vae.decoder─▶ rebuilt features
+image ─encoder─▶ features ─vae.encoder─▶ latent ─decoder─▶ image
+                                           └─vae.decoder─▶ rebuilt features
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -56,8 +56,8 @@ class PSVAEConfig(Config):
             reads = self.vae.latent_channels if self.decoder_reads == "latents" else self.vae.feature_dim
             if self.decoder.latent_channels != reads:
                 raise ConfigError(
-                    f"the decoder takes {self.decoder.latent_channels} channels and reads {self.decoder_reads} of {reads}; "
-                    "wanted the same: set decoder.latent_channels"
+                    f"the decoder takes {self.decoder.latent_channels} channels and reads {self.decoder_reads} of "
+                    f"{reads}; wanted the same: set decoder.latent_channels"
                 )
         self.require(self.sample_size % stride == 0, "sample_size", f"a multiple of the stride {stride}")
 
@@ -212,7 +212,7 @@ class PSVAE(nn.Module, HubMixin):
             posterior = DiagonalGaussian(parameters)
             latents = posterior.sample(generator) if sample_posterior else posterior.mode()
             rebuilt = self.vae.decoder(latents)
-        source = latents if self.config.decoder_reads == "latents" else rebuilt
+        source = latents if rebuilt is None or self.config.decoder_reads == "latents" else rebuilt
         image = self.decoder(source.detach() if detach_latents else source)
         return PSVAEOutput(image, features, rebuilt, latents, parameters) if return_dict else (image,)
 

@@ -1,6 +1,6 @@
 """PixelDecoder: latent → image, the convolutional decoder of LDM (Rombach et al. 2022; paper, section 4.1, D_P).
 
-    latent ─conv_in─▶ middle ─▶ levels, coarse to fine, ×2 between them ─norm, conv_out─▶ image
+latent ─conv_in─▶ middle ─▶ levels, coarse to fine, ×2 between them ─norm, conv_out─▶ image
 """
 
 from dataclasses import dataclass

@@ -31,7 +31,9 @@ class Tiling:
     def __post_init__(self) -> None:
         for tile, step in zip(self.tile, self.step, strict=True):
             if not 1 <= step <= tile:
-                raise ConfigError(f"tiling has step {self.step} for tiles of {self.tile} cells; wanted 1 <= step <= tile")
+                raise ConfigError(
+                    f"tiling has step {self.step} for tiles of {self.tile} cells; wanted 1 <= step <= tile"
+                )
 
 
 def decode_tiled(decoder: Callable[[Latents], Images], latents: Latents, stride: int, tiling: Tiling) -> Images:
@@ -52,11 +54,11 @@ def decode_tiled(decoder: Callable[[Latents], Images], latents: Latents, stride:
     ramp_h = _ramp(tile_h, tile_h - tiling.step[0], stride, latents)[:, None]
     ramp_w = _ramp(tile_w, tile_w - tiling.step[1], stride, latents)
     weight = ramp_h * ramp_w
-    image = total = None
+    image = total = latents.new_empty(0)  # their shape waits for the first tile
     for top in rows:
         for left in columns:
             tile = decoder(latents[..., top : top + tile_h, left : left + tile_w]).float() * weight
-            if image is None or total is None:
+            if image.numel() == 0:
                 image = tile.new_zeros(*tile.shape[:2], height * stride, width * stride)
                 total = tile.new_zeros(height * stride, width * stride)
             window = (..., slice(top * stride, (top + tile_h) * stride), slice(left * stride, (left + tile_w) * stride))

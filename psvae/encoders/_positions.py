@@ -1,9 +1,9 @@
 """timm's VisionTransformer with a configurable resize of its position table. Imports timm."""
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["ConfiguredPositions"]
 
@@ -14,6 +14,7 @@ class ConfiguredPositions(VisionTransformer):
     transformers' DINOv2 without registers, MAE and SigLIP resize without antialias; timm always with it.
     """
 
+    pos_embed: nn.Parameter
     position_mode: str
     position_antialias: bool
 

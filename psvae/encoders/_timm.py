@@ -8,7 +8,7 @@ norm has weights) is set here.
 import copy
 import difflib
 import importlib
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ def fill_constant_buffers(model: nn.Module, device: torch.device | str) -> None:
         for name in unfilled:
             module.register_buffer(name, torch.empty_like(module.get_buffer(name), device=device), persistent=False)
         if unfilled:
-            module._init_buffers()  # timm's hook for exactly this
+            cast(Any, module)._init_buffers()  # timm's hook for exactly this
 
 
 def published_statistics(name: str) -> tuple[RGB, RGB]:

@@ -144,8 +144,10 @@ class SemanticEncoder(nn.Module, HubMixin):
         features = _to_map(tokens, height)
         if not return_all:
             return features
-        cls_token = prefix is not None and self.vit.cls_token is not None
-        global_token = self.vit.norm(prefix[:, 0]) if cls_token else tokens.mean(dim=1)
+        if prefix is not None and self.vit.cls_token is not None:
+            global_token = self.vit.norm(prefix[:, 0])
+        else:
+            global_token = tokens.mean(dim=1)
         return EncoderTokens(features, _to_map(pre_norm, height), global_token)
 
     def _preprocess(self, images: Tensor, size: tuple[int, int]) -> Tensor:

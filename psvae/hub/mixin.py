@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 
@@ -62,7 +62,7 @@ class HubMixin:
         )  # fmt: skip
         config = cls.config_class.from_dict(read_config(source, cls.__name__))
         with torch.device("meta"):
-            model: Any = cls(config)
+            model = cast(Any, cls)(config)
         weights = read_weights(source, model.state_dict(), dtype=dtype, device=device, allow_pickle=allow_pickle)
         model.load_state_dict(weights, strict=True, assign=True)
         for module in model.modules():
@@ -124,5 +124,3 @@ class HubMixin:
                 repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
             )
         return str(commit)
-
-

@@ -63,7 +63,9 @@ class Source:
         except errors.EntryNotFoundError:
             return None
         except errors.GatedRepoError as error:
-            raise CheckpointError(f"{self.name!r} is gated: accept its terms on its page and run `hf auth login`") from error
+            raise CheckpointError(
+                f"{self.name!r} is gated: accept its terms on its page and run `hf auth login`"
+            ) from error
         except errors.RevisionNotFoundError as error:
             raise CheckpointError(f"there is no {where}; check the branch, tag or commit") from error
         except errors.RepositoryNotFoundError as error:
@@ -98,7 +100,9 @@ def read_config(source: Source, class_name: str) -> dict[str, Any]:
     if saved_class is None:
         raise CheckpointError(f"{path} has no '_class': it was not written by psvae's save_pretrained")
     if saved_class != class_name:
-        raise CheckpointError(f"{source} holds a {saved_class}; wanted a {class_name}: use {saved_class}.from_pretrained")
+        raise CheckpointError(
+            f"{source} holds a {saved_class}; wanted a {class_name}: use {saved_class}.from_pretrained"
+        )
     return values
 
 

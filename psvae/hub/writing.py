@@ -1,5 +1,6 @@
 """Write a checkpoint so that a crash, a kill or a full disk leaves the older one intact."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -85,10 +86,9 @@ def _weights_in(folder: Path) -> set[str]:
     """Names of the weight files of the checkpoint that is there, if any."""
     names = {name for name in (WEIGHTS, INDEX) if (folder / name).exists()}
     if INDEX in names:
-        try:
+        # a broken index names nothing; it is replaced or removed
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # a broken index names nothing; it is replaced or removed
     return {name for name in names if Path(name).name == name}
 
 

@@ -1,6 +1,6 @@
 """SemanticVAE: features ↔ latent, the KL-regularised bottleneck (paper, section 3.3, E_S and D_S).
 
-    features ─blocks, norm, MLP─▶ mean, logvar ─sample─▶ latent ─MLP, blocks, norm─▶ features
+features ─blocks, norm, MLP─▶ mean, logvar ─sample─▶ latent ─MLP, blocks, norm─▶ features
 """
 
 from dataclasses import dataclass
