@@ -37,7 +37,13 @@ def tiny_encoder_config(**fields: Any) -> SemanticEncoderConfig:
 
 def tiny_vae_config(**fields: Any) -> SemanticVAEConfig:
     """One block on each side; D = 48, Z = 8."""
-    default = {"feature_dim": FEATURE_DIM, "latent_channels": LATENT_CHANNELS, "depth": 1, "num_heads": 3, "mlp_dim": 96}
+    default = {
+        "feature_dim": FEATURE_DIM,
+        "latent_channels": LATENT_CHANNELS,
+        "depth": 1,
+        "num_heads": 3,
+        "mlp_dim": 96,
+    }
     return SemanticVAEConfig(**{**default, **fields})
 
 

@@ -317,3 +317,7 @@ class PSVAE(nn.Module, HubMixin):
         for part in (self.encoder, self.vae, self.decoder):
             if part is not None:
                 part.disable_gradient_checkpointing()
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"Z={config.latent_channels}, stride={config.encoder.stride}, decoder_reads={config.decoder_reads!r}"

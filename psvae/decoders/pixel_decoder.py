@@ -112,6 +112,9 @@ class PixelDecoder(nn.Module, HubMixin):
         """Keep activations again."""
         self.gradient_checkpointing = False
 
+    def extra_repr(self) -> str:
+        return f"Z={self.config.latent_channels}, stride={self.config.stride}"
+
 
 class MiddleBlock(nn.Module):
     """Residual block, attention, residual block, at the latent's resolution."""

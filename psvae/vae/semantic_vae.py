@@ -131,6 +131,9 @@ class SemanticVAE(nn.Module, HubMixin):
         """Keep activations again."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = False
 
+    def extra_repr(self) -> str:
+        return f"D={self.config.feature_dim}, Z={self.config.latent_channels}"
+
 
 class SemanticDownProjection(nn.Module):
     """E_S: features ``B D h w`` → ``B 2Z h w``, mean and log-variance."""
