@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -157,6 +157,7 @@ class LatentSpec(nn.Module):
         return f"channels={self.channels}, stride={self.stride}, statistics={kind}, applied_by={self.applied_by!r}"
 
 
+@runtime_checkable
 class _Codec(Protocol):
     latent_spec: LatentSpec
 
