@@ -36,14 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{mark}: {reason}; opt in with --run-{mark}")
     config.addinivalue_line("markers", "bad_input: breaks an annotation on purpose; deselected under --shapes")
     if config.getoption("--shapes"):
+        import tests.shape_checker  # the hook looks it up as an attribute of `tests`
         from jaxtyping import install_import_hook
 
-        install_import_hook("psvae", "beartype.beartype")
+        install_import_hook("psvae", "tests.shape_checker.check")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--shapes"):
-        impossible = [item for item in items if any(item.iter_markers(mark) for mark in ("bad_input", "compile"))]
+        impossible = [item for item in items if any(item.get_closest_marker(mark) for mark in ("bad_input", "compile"))]
         items[:] = [item for item in items if item not in impossible]
         config.hook.pytest_deselected(items=impossible)
     for mark, reason in OPT_IN.items():
