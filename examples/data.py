@@ -1,0 +1,303 @@
+"""Images for the examples: a folder, a Hugging Face dataset (streamed or not), or webdataset shards.
+
+Which images come in which order, how each is cropped and flipped, is a function of (seed, position) alone.
+So a run that is killed continues with the very next image, by starting the stream at a later position.
+An image that cannot be read is replaced by the next readable one, and its name is reported.
+"""
+
+import glob
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import v2
+
+IMAGE_ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where images come from and how they are cut. The paper: resize and centre-crop (section 4.1)."""
+
+    path: str
+    """Folder of images (searched to any depth), Hugging Face dataset id or folder, or webdataset pattern."""
+    kind: Literal["folder", "huggingface", "webdataset"] = "folder"
+    """What `path` is."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    column: str = "image"
+    """Image column of a Hugging Face dataset; a webdataset sample is searched for its image by file ending."""
+    streaming: bool = False
+    """Read a Hugging Face dataset while it downloads."""
+    size: int = 256
+    """Side of the square crop, in pixels."""
+    crop: Literal["center", "random", "zoom"] = "center"
+    """`center`: short side to `size`, centre crop. `random`: short side to `resize`, random crop. `zoom`: a random
+    square of `zoom` of the image's area, resized."""
+    resize: int = 384
+    """Short side before a `random` crop (RAE: 384 for 256)."""
+    zoom: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest share of the area in a `zoom` crop."""
+    flip: bool = True
+    """Mirror half of the images."""
+    workers: int = 4
+    """Loader processes on each training process; 0 loads in the training process itself."""
+
+
+@dataclass
+class Batch:
+    """Images ``B 3 H W`` in [-1, 1], and the names of files that were skipped on the way to them."""
+
+    images: Tensor
+    unreadable: list[str]
+
+
+def batches(options: DataOptions, batch_size: int, seed: int, rank: int, world: int, start: int = 0) -> Iterator[Batch]:
+    """An endless stream of batches for process ``rank`` of ``world``, from batch number ``start`` on."""
+    source = _open(options)
+    if isinstance(source, Dataset):
+        order = _Order(len(source), seed, rank, world, start * batch_size)
+        pictures: Any = _Pictures(source, training_transform(options), seed)
+        loader = DataLoader(pictures, batch_size, sampler=order, num_workers=options.workers, **_loading(options.workers))
+    else:
+        stream = _Stream(options, batch_size, seed, rank, world, start)
+        loader = DataLoader(stream, batch_size, num_workers=stream.workers, **_loading(stream.workers))
+    return iter(loader)
+
+
+def validation_images(options: DataOptions, count: int) -> Tensor:
+    """The first ``count`` readable images, centre-cropped, ``B 3 H W`` in [-1, 1]."""
+    transform = center_transform(options.size)
+    found: list[Tensor] = []
+    source = _open(options)
+    items = map(source.__getitem__, range(len(source))) if isinstance(source, Dataset) else _samples(options, 0, 0, 1)
+    for item in items:
+        try:
+            found.append(transform(_read(item[1])))
+        except UNREADABLE:
+            continue
+        if len(found) == count:
+            break
+    if not found:
+        raise SystemExit(f"no readable image in {options.path!r}")
+    return torch.stack(found)
+
+
+def center_transform(size: int) -> v2.Compose:
+    """PIL image → short side to ``size``, centre crop, [-1, 1]."""
+    return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), *_to_tensor()])
+
+
+def training_transform(options: DataOptions) -> v2.Compose:
+    """PIL image → cropped and flipped tensor in [-1, 1]; draws from torch's global generator."""
+    if options.crop == "center":
+        cut: list[v2.Transform] = [v2.Resize(options.size, antialias=True), v2.CenterCrop(options.size)]
+    elif options.crop == "random":
+        cut = [v2.Resize(options.resize, antialias=True), v2.RandomCrop(options.size)]
+    else:
+        cut = [v2.RandomResizedCrop(options.size, scale=options.zoom, ratio=(1.0, 1.0), antialias=True)]
+    flip = [v2.RandomHorizontalFlip()] if options.flip else []
+    return v2.Compose([*cut, *flip, *_to_tensor()])
+
+
+def _to_tensor() -> list[v2.Transform]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+
+
+def _loading(workers: int) -> dict[str, Any]:
+    generator = torch.Generator()  # the loader draws worker seeds from it instead of from the global one
+    return {"collate_fn": _collate, "generator": generator, "persistent_workers": workers > 0}
+
+
+def _collate(items: list[tuple[Tensor, list[str]]]) -> Batch:
+    return Batch(torch.stack([image for image, _ in items]), [name for _, names in items for name in names])
+
+
+def _read(content: Any) -> Image.Image:
+    """A PIL image from a path, bytes, a {bytes, path} record or an opened image."""
+    if isinstance(content, dict):
+        content = content["bytes"] if content.get("bytes") is not None else content["path"]
+    if isinstance(content, bytes):
+        content = io.BytesIO(content)
+    image = content if isinstance(content, Image.Image) else Image.open(content)
+    return image.convert("RGB")
+
+
+def _transform(transform: v2.Compose, content: Any, seed: int, position: int) -> Tensor:
+    image = _read(content)
+    with torch.random.fork_rng(devices=[]):  # crops and flips depend on (seed, position), not on who loads what when
+        torch.manual_seed((seed * 1_000_003 + position) % 2**63)
+        return transform(image)
+
+
+class _Folder(Dataset):
+    """(name, content) of every image file under a folder, in name order."""
+
+    def __init__(self, folder: str) -> None:
+        self.files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+        if not self.files:
+            raise SystemExit(f"no image file under {folder!r}; endings looked for: {', '.join(sorted(IMAGE_ENDINGS))}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        return str(self.files[index]), self.files[index]
+
+
+class _Table(Dataset):
+    """(name, content) of every row of a Hugging Face dataset."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.table, self.column = table, column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        content = self.table[index][self.column]
+        return str((isinstance(content, dict) and content.get("path")) or f"row {index}"), content
+
+
+class _Pictures(Dataset):
+    """Decoded and transformed; indexed by (position in the stream, index of the item)."""
+
+    def __init__(self, source: Any, transform: v2.Compose, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, list[str]]:
+        position, index = key
+        unreadable: list[str] = []
+        for offset in range(len(self.source)):
+            name, content = self.source[(index + offset) % len(self.source)]
+            try:
+                return _transform(self.transform, content, self.seed, position), unreadable
+            except UNREADABLE:
+                unreadable.append(name)
+        raise RuntimeError(f"none of the {len(self.source)} images can be read; the first is {unreadable[0]}")
+
+
+class _Order(Sampler):
+    """(position, index) without end: a new permutation each epoch, every ``world``-th position for each process."""
+
+    def __init__(self, length: int, seed: int, rank: int, world: int, start: int) -> None:
+        self.length, self.seed, self.rank, self.world, self.start = length, seed, rank, world, start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order, position = -1, torch.empty(0), self.start * self.world + self.rank
+        while True:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 9973 + epoch))
+            yield position, int(order[position % self.length])
+            position += self.world
+
+
+class _Stream(IterableDataset):
+    """A stream that is read in order; to continue, each loader process passes over what it gave before."""
+
+    def __init__(self, options: DataOptions, batch_size: int, seed: int, rank: int, world: int, start: int) -> None:
+        self.options, self.batch_size, self.seed = options, batch_size, seed
+        self.rank, self.world, self.start = rank, world, start
+        self.workers = min(options.workers, _shards(options) // world)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        role = ((info.id if info else 0) + self.start) % workers  # batch k comes from worker k mod workers
+        given = (self.start - role + workers - 1) // workers * self.batch_size
+        reader, readers = self.rank * workers + role, self.world * workers
+        transform = training_transform(self.options)
+        readable = 0
+        unreadable: list[str] = []
+        for position, (name, content) in enumerate(_samples(self.options, self.seed, reader, readers)):
+            try:
+                if readable < given:
+                    _read(content)
+                    readable += 1
+                    continue
+                image = _transform(transform, content, self.seed, position * readers + reader)
+            except UNREADABLE:
+                unreadable.append(name)
+                continue
+            yield image, unreadable
+            unreadable = []
+
+
+def _open(options: DataOptions) -> Any:
+    """A `Dataset` of (name, content) where items can be addressed, else None: `_samples` streams them."""
+    if options.kind == "folder":
+        return _Folder(options.path)
+    if options.kind == "huggingface" and not options.streaming:
+        return _Table(_huggingface(options), options.column)
+    return None
+
+
+def _huggingface(options: DataOptions) -> Any:
+    import datasets
+
+    local = sorted(glob.glob(f"{options.path}/**/{options.split}*.parquet", recursive=True))
+    if local:
+        table = datasets.load_dataset(
+            "parquet", data_files={options.split: local}, split=options.split, streaming=options.streaming
+        )
+    else:
+        table = datasets.load_dataset(options.path, split=options.split, streaming=options.streaming)
+    return table.cast_column(options.column, datasets.Image(decode=False))
+
+
+def _shards(options: DataOptions) -> int:
+    if options.kind == "webdataset":
+        return len(_tar_files(options))
+    return _huggingface(options).num_shards
+
+
+def _tar_files(options: DataOptions) -> list[str]:
+    import braceexpand
+
+    patterns = braceexpand.braceexpand(options.path)
+    return [file for pattern in patterns for file in sorted(glob.glob(pattern)) or [pattern]]
+
+
+def _samples(options: DataOptions, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
+    """(name, content) without end, for one of ``readers`` that share the stream."""
+    epoch = 0
+    while True:
+        found = False
+        for item in _one_pass(options, seed + epoch, reader, readers):
+            found = True
+            yield item
+        if not found:
+            raise RuntimeError(f"{options.path!r} gave no sample to reader {reader} of {readers}; use fewer workers")
+        epoch += 1
+
+
+def _one_pass(options: DataOptions, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
+    if options.kind == "webdataset":
+        import webdataset as wds
+
+        shards = _tar_files(options)
+        random.Random(seed).shuffle(shards)
+        by_sample = len(shards) < readers  # too few shards to share: share the samples
+        mine = shards if by_sample else shards[reader::readers]
+        samples = iter(wds.WebDataset(mine, shardshuffle=False, empty_check=False, handler=wds.warn_and_continue))
+        for sample in islice(samples, reader, None, readers) if by_sample else samples:
+            ending = next((key for key in sample if f".{key.split('.')[-1].lower()}" in IMAGE_ENDINGS), None)
+            if ending is not None:
+                yield f"{sample['__url__']}:{sample['__key__']}", sample[ending]
+    else:
+        table = _huggingface(options).shuffle(seed=seed, buffer_size=1000)
+        by_sample = table.num_shards < readers
+        rows = iter(table if by_sample else table.shard(num_shards=readers, index=reader))
+        for number, row in enumerate(islice(rows, reader, None, readers) if by_sample else rows):
+            content = row[options.column]
+            yield str((isinstance(content, dict) and content.get("path")) or f"row {number}"), content

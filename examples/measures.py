@@ -1,0 +1,105 @@
+"""Averaged weights, validation measures and the choice of precision, for the examples."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from psvae.losses import cosine_similarity_map
+
+
+class Ema:
+    """Exponential moving average of a model's trained parameters, checkpointed by accelerate."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """average ← decay · average + (1 − decay) · parameter."""
+        current = [p.detach() for p in model.parameters() if p.requires_grad]
+        torch._foreach_lerp_(self.parameters, current, 1.0 - self.decay)
+
+    def named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The averages under the names that the parameters have in ``model``."""
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        return dict(zip(names, self.parameters, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `Accelerator.register_for_checkpointing`."""
+        return {"parameters": self.parameters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For `Accelerator.register_for_checkpointing`."""
+        for mine, saved in zip(self.parameters, state["parameters"], strict=True):
+            mine.copy_(saved)
+
+
+@torch.no_grad()
+def measure(model: Any, frozen: nn.Module, images: Tensor, batch_size: int, accelerator: Any = None) -> dict[str, float]:
+    """Means over ``images`` (``B 3 H W`` in [-1, 1]), through the public encode and decode.
+
+    psnr, ssim: of the reconstruction, pixels in [0, 1]. feature_cosine: of rebuilt against frozen features,
+    per token. active_channels: share of latent channels whose mean KL is above 0.01 nat, a probe for collapse.
+    lpips: where its weights are on this machine.
+    """
+    lpips = _local_lpips()
+    rows: list[dict[str, float]] = []
+    device = next(iter(model.state_dict().values())).device
+    kl = torch.zeros(())
+    for part in images.split(batch_size):
+        part = part.to(device)
+        with accelerator.autocast() if accelerator is not None else nullcontext():
+            output = model(part)
+            target = frozen(part)
+        shown = output.sample.float().clamp(-1, 1)
+        row = {
+            "psnr": peak_signal_noise_ratio(shown, part, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
+            "ssim": structural_similarity_index_measure(shown, part, data_range=2.0),
+        }
+        if output.rebuilt_features is not None:
+            row["feature_cosine"] = cosine_similarity_map(output.rebuilt_features, target).mean()
+        row["encoder_cosine"] = cosine_similarity_map(output.features, target).mean()
+        if lpips is not None:
+            row["lpips"] = lpips.to(device)(shown, part).mean()
+        rows.append({name: float(value) * len(part) for name, value in row.items()})
+        kl = kl.to(device) + output.posterior.kl("none").mean(dim=(2, 3)).sum(dim=0)
+    means = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
+    if output.parameters is not None:
+        means["active_channels"] = float((kl / len(images) > 0.01).float().mean())
+    return means
+
+
+def _local_lpips() -> Any:
+    """LPIPS, if torchvision has its VGG weights on this machine already."""
+    from pathlib import Path
+
+    if not list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")):
+        return None
+    import lpips
+
+    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+
+def fast_precision() -> str:
+    """"bf16" if a convolution's forward and backward is faster in it than in fp32 on this machine, else "no"."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    conv = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))).to(device)
+    x = torch.randn(8, 64, 32, 32, device=device).to(memory_format=torch.channels_last)
+    seconds = {}
+    for enabled in (False, True):
+        runs = []
+        for _ in range(4):
+            start = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=enabled):
+                y = conv(x)
+            y.float().square().mean().backward()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            runs.append(time.perf_counter() - start)
+        seconds[enabled] = min(runs)
+    return "bf16" if seconds[True] < seconds[False] else "no"
