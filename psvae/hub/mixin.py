@@ -14,7 +14,7 @@ import torch
 from psvae.config import Config
 from psvae.hub.cards import model_card
 from psvae.hub.reading import Source, read_config, read_weights
-from psvae.hub.writing import write_checkpoint
+from psvae.hub.writing import WEIGHT_PATTERNS, write_checkpoint
 
 __all__ = ["HubMixin"]
 
@@ -106,7 +106,9 @@ class HubMixin:
         commit_message: str = "Upload with psvae",
         **save_options: Any,
     ) -> str:
-        """Create the repository if needed and upload what `save_pretrained` writes.
+        """Create the repository if needed and upload what `save_pretrained` writes, in place of older weights.
+
+        A ``README.md`` there that psvae did not write is kept.
 
         Args:
             **save_options: arguments of `save_pretrained`.
@@ -119,8 +121,14 @@ class HubMixin:
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
+            if api.file_exists(repo_id, "README.md", revision=revision):  # kept by `save_pretrained` if not ours
+                api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=folder)
             self.save_pretrained(folder, **save_options)
             commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=WEIGHT_PATTERNS,  # an older single file would be read before new shards
             )
         return str(commit)

@@ -52,7 +52,7 @@ class Source:
 
         where = f"revision {self.hub_options['revision'] or 'main'!r} of {self.name!r}"
         try:
-            return Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.hub_options))
+            path = Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.hub_options))
         except errors.LocalEntryNotFoundError as error:
             if filename != CONFIG:
                 return None  # absent from a cached snapshot whose config was found
@@ -70,15 +70,19 @@ class Source:
             raise CheckpointError(f"there is no {where}; check the branch, tag or commit") from error
         except errors.RepositoryNotFoundError as error:
             raise CheckpointError(
-                f"there is no repository {self.name!r} on the Hub, or it is private: check the id, or pass token=..."
+                f"there is no folder {self.name!r} here and no repository of that name on the Hub, or it is private: "
+                "check the name, or pass token=..."
             ) from error
-        except errors.HfHubHTTPError as error:
-            raise CheckpointError(f"the Hub refused {filename} of {where}: {error}") from error
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise CheckpointError(f"{filename} of {where} could not be fetched: {error}") from error
+        # the rest comes from the same commit, even if the branch moves meanwhile
+        self.hub_options["revision"] = path.parents[len(Path(self.subfolder).parts)].name
+        return path
 
     def listing(self) -> str:
         """What is there, for an error message."""
         if self.folder is None:
-            return f"look at the files of {self.name!r}"
+            return f"look at the files of {self.name!r}; without a connection only those in the local cache are seen"
         names = sorted(path.name for path in (self.folder / self.subfolder).glob("*"))
         return f"the folder holds {', '.join(names[:_LISTED]) or 'nothing'}"
 
@@ -146,9 +150,10 @@ def _weight_files(source: Source) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        leaves = any(Path(name).name != name for name in names)  # TypeError if a name is no string
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is not a shard index ({error!r}); save or download it again") from error
-    if any(Path(name).name != name for name in names):
+    if leaves:
         raise CheckpointError(f"{index} names files outside its folder: {names}; it is not to be trusted")
     shards = {name: source.find(name) for name in names}
     lost = [name for name, shard in shards.items() if shard is None]
@@ -185,7 +190,8 @@ def _read_pickle(source: Source, allowed: bool) -> dict[str, Tensor]:
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError... by the fault
         raise CheckpointError(f"{path} could not be read with the restricted unpickler: {error}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    plain = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not plain:
         raise CheckpointError(f"{path} does not hold a plain state dict of tensors")
     return content
 

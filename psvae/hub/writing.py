@@ -18,8 +18,9 @@ from psvae.errors import CheckpointError
 from psvae.hub.cards import MARK
 from psvae.hub.reading import CONFIG, INDEX, WEIGHTS
 
-__all__ = ["write_checkpoint"]
+__all__ = ["WEIGHT_PATTERNS", "write_checkpoint"]
 
+WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 _STAGING = ".saving"
 
 
@@ -45,7 +46,7 @@ def write_checkpoint(
         _stage_weights(staging, tensors, max_shard_size, before)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         readme = folder / "README.md"
-        if not readme.exists() or MARK in readme.read_text(encoding="utf-8"):
+        if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
             (staging / readme.name).write_text(card, encoding="utf-8")
         staged = sorted(staging.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == CONFIG))
         for path in staged:
