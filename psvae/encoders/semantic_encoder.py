@@ -132,14 +132,16 @@ class SemanticEncoder(nn.Module, HubMixin):
         check_images(images, stride)
         height, width = images.shape[-2] // stride, images.shape[-1] // stride
         pixels = self._preprocess(images, (patch * height, patch * width))
-        [(pre_norm, prefix)] = self.vit.forward_intermediates(
+        has_prefix = self.vit.num_prefix_tokens > 0  # SigLIP has patch tokens alone, and timm then gives no pair
+        [found] = self.vit.forward_intermediates(
             pixels,
             indices=[self.config.layer % len(self.vit.blocks)],
             stop_early=True,
             output_fmt="NLC",
-            return_prefix_tokens=True,
+            return_prefix_tokens=has_prefix,
             intermediates_only=True,
         )
+        pre_norm, prefix = found if has_prefix else (found, None)
         tokens = self.vit.norm(pre_norm)
         features = _to_map(tokens, height)
         if not return_all:
