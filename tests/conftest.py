@@ -36,10 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{mark}: {reason}; opt in with --run-{mark}")
     config.addinivalue_line("markers", "bad_input: breaks an annotation on purpose; deselected under --shapes")
     if config.getoption("--shapes"):
-        import tests.shape_checker  # the hook looks it up as an attribute of `tests`
         from jaxtyping import install_import_hook
 
-        install_import_hook("psvae", "tests.shape_checker.check")
+        from tests.shape_checker import check
+
+        install_import_hook("psvae", f"{check.__module__}.{check.__name__}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

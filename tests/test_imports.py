@@ -1,0 +1,154 @@
+"""Who may import whom, what ``import psvae`` costs, and what the package never does."""
+
+import ast
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import psvae
+
+PACKAGE = Path(psvae.__file__).parent
+MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "psvae."))
+
+# Rooms by the names of their modules under psvae, and what each may see besides itself.
+VOCABULARY = {"shapes", "errors", "config", "latents"}
+LOW = VOCABULARY | {"nn", "hub.mixin"}
+NOUNS = {"encoders", "vae", "decoders", "alignment", "generators"}
+HUB_MIXIN = {"hub.mixin", "hub.reading", "hub.writing", "hub.cards"}  # what the mixin is made of
+ALLOWED = {
+    **dict.fromkeys(VOCABULARY, VOCABULARY),
+    "nn": VOCABULARY,
+    **dict.fromkeys(HUB_MIXIN, VOCABULARY | HUB_MIXIN),
+    "hub": set(),
+    **dict.fromkeys(NOUNS, LOW),
+    "losses": VOCABULARY,
+    "flow": VOCABULARY,
+    "autoencoders": LOW | NOUNS,
+    "hub.keymaps": LOW | NOUNS | {"autoencoders"},
+    "integrations": LOW | NOUNS | {"autoencoders", "hub.keymaps", "hub.cards"},
+}
+# Third-party imports that only one file may make, at its top or inside a function.
+ONLY_IN = {"timm": {"psvae.encoders._timm", "psvae.encoders._positions"}, "diffusers": set(), "transformers": set()}
+HEAVY = ("timm", "torchvision", "diffusers", "transformers", "matplotlib", "accelerate")
+
+PUBLIC = [
+    "DiagonalGaussian",
+    "LatentSpec",
+    "PSVAE",
+    "PSVAEConfig",
+    "PSVAEError",
+    "PSVAEOutput",
+    "PixelDecoder",
+    "PixelDecoderConfig",
+    "SemanticEncoder",
+    "SemanticEncoderConfig",
+    "SemanticVAE",
+    "SemanticVAEConfig",
+    "__version__",
+    "fit_latent_statistics",
+    "losses",
+]
+
+
+def source_of(module):
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def imports_of(module):
+    """Full names of all that a module imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source_of(module))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room_of(name):
+    """``psvae.decoders.tiling.Tiling`` → ``decoders``; within hub, the file too."""
+    parts = name.split(".")[1:]
+    return ".".join(parts[:2]) if parts[0] == "hub" and len(parts) > 1 else parts[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_only_what_they_may(module):
+    room = room_of(module)
+    assert room in ALLOWED, f"{module} is in no room of the design"
+    seen = {room_of(name) for name in imports_of(module) if name.startswith("psvae.")}
+    assert seen - ALLOWED[room] - {room} == set()
+
+
+@pytest.mark.parametrize("module", ["psvae", *MODULES])
+def test_third_parties_are_imported_in_one_place(module):
+    tops = {name.split(".")[0] for name in imports_of(module)}
+    for library, places in ONLY_IN.items():
+        assert library not in tops or module in places
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importable(module):
+    importlib.import_module(module)
+
+
+def test_import_is_light():
+    """In a fresh interpreter, with every public name resolved."""
+    code = (
+        "import sys, psvae; loaded = set(sys.modules); "
+        "[getattr(psvae, name) for name in psvae.__all__]; "
+        f"print([[name for name in {HEAVY} if name in seen] for seen in (loaded, sys.modules)])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert result.stdout.strip() == "[[], []]", result.stderr
+
+
+def test_public_surface():
+    assert sorted(psvae.__all__) == PUBLIC
+    assert dir(psvae) == PUBLIC
+    assert all(hasattr(psvae, name) for name in PUBLIC)
+    with pytest.raises(AttributeError, match=r"has no attribute 'PSVAEE'; it has .*PSVAE"):
+        psvae.PSVAEE  # noqa: B018
+
+
+def test_type_checkers_see_the_same_surface():
+    """The names under TYPE_CHECKING are the names that ``__getattr__`` resolves."""
+    block = next(node for node in ast.parse(source_of("psvae")).body if isinstance(node, ast.If))
+    names = [alias.asname for node in block.body for alias in node.names]
+    assert sorted(names) == [name for name in PUBLIC if name != "__version__"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_listed_names_exist(module):
+    loaded = importlib.import_module(module)
+    assert [name for name in getattr(loaded, "__all__", []) if not hasattr(loaded, name)] == []
+
+
+@pytest.mark.parametrize("module", ["psvae", *MODULES])
+def test_everything_public_has_a_docstring(module):
+    tree = ast.parse(source_of(module))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+            for method in (n for n in node.body if isinstance(node, ast.ClassDef) and isinstance(n, ast.FunctionDef)):
+                said_by_the_class = method.name.startswith("_") or method.name in ("forward", "validate", "extra_repr")
+                assert said_by_the_class or ast.get_docstring(method), f"{node.name}.{method.name}"
+
+
+@pytest.mark.parametrize("module", ["psvae", *MODULES])
+def test_no_print_and_no_assert(module):
+    for node in ast.walk(ast.parse(source_of(module))):
+        assert not isinstance(node, ast.Assert), f"{module}:{node.lineno}"
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id
+        assert called != "print", f"{module}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", ["psvae", *MODULES])
+def test_a_file_is_read_in_one_sitting(module):
+    assert len(source_of(module).splitlines()) < 450
