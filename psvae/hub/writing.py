@@ -1,8 +1,8 @@
 """Write a checkpoint so that a crash, a kill or a full disk leaves the older one intact."""
 
-import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from psvae.hub.reading import CONFIG, INDEX, WEIGHTS
 __all__ = ["WEIGHT_PATTERNS", "write_checkpoint"]
 
 WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+_SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 _STAGING = ".saving"
 
 
@@ -57,6 +58,7 @@ def write_checkpoint(
         for name in before - {path.name for path in staged}:
             (folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)  # before the free space is measured
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
         raise CheckpointError(
@@ -84,13 +86,8 @@ def _stage_weights(staging: Path, tensors: dict[str, Tensor], max_shard_size: st
 
 
 def _weights_in(folder: Path) -> set[str]:
-    """Names of the weight files of the checkpoint that is there, if any."""
-    names = {name for name in (WEIGHTS, INDEX) if (folder / name).exists()}
-    if INDEX in names:
-        # a broken index names nothing; it is replaced or removed
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    return {name for name in names if Path(name).name == name}
+    """Names of the weight files that are there, also the shards of a save that was killed before its index."""
+    return {path.name for path in folder.iterdir() if path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)}
 
 
 def _flush(path: Path) -> None:

@@ -36,8 +36,8 @@ def fill(module: nn.Module, value: float) -> Any:
 
 
 def values(module: nn.Module) -> set[float]:
-    """The distinct numbers in a module's state."""
-    return {number for tensor in module.state_dict().values() for number in tensor.unique().tolist()}
+    """The least and the greatest number of every tensor: one number in all if the module is one `fill`."""
+    return {number.item() for tensor in module.state_dict().values() for number in tensor.aminmax()}
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -23,7 +23,8 @@ def test_round_trip(tmp_path: Path, name: str, shard_size: str) -> None:
     module.save_pretrained(tmp_path, max_shard_size=shard_size)
     loaded = type(module).from_pretrained(tmp_path)
     assert_same(loaded, module)
-    assert not loaded.training and all(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert (weight_files(tmp_path) == SINGLE) == (shard_size == "5GB")
 
 
@@ -152,7 +153,8 @@ def test_saving_does_not_change_the_module(tmp_path: Path) -> None:
     model.decoder.to(memory_format=torch.channels_last)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path)
-    assert model.training and not model.encoder.vit.pos_embed.requires_grad
+    assert model.training
+    assert not model.encoder.vit.pos_embed.requires_grad
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     loaded = PSVAE.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in loaded.state_dict().items())

@@ -87,7 +87,9 @@ def test_offline_with_half_of_it_in_the_cache(cache: Path, lost: str) -> None:
 
 @pytest.mark.parametrize("name", ["org/a--b", "org/a..b"])
 def test_a_name_that_no_repository_can_have(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"config.json of revision 'main' of '{name}' could not be fetched: Cannot have"):
+    with pytest.raises(
+        CheckpointError, match=f"config.json of revision 'main' of '{name}' could not be fetched: Cannot have"
+    ):
         PixelDecoder.from_pretrained(name, cache_dir=tmp_path)
 
 
@@ -135,7 +137,12 @@ def run_client(hub: Hub, home: Path, calls: dict[str, dict[str, Any]]) -> dict[s
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", CLIENT], input=json.dumps(calls), env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CLIENT],
+        input=json.dumps(calls),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -194,7 +201,10 @@ def test_a_branch_that_moves_while_it_is_read(over_http: tuple[dict[str, Any], H
 @pytest.mark.parametrize(
     ("label", "wanted"),
     [
-        ("no repository", "no folder 'org/none' here and no repository of that name on the Hub, or it is private: check"),
+        (
+            "no repository",
+            "no folder 'org/none' here and no repository of that name on the Hub, or it is private: check",
+        ),
         ("no token", "no repository of that name on the Hub, or it is private: check the name, or pass token=..."),
         ("wrong token", "no repository of that name on the Hub, or it is private: check the name, or pass token=..."),
         ("gated", "'org/gated' is gated: accept its terms on its page and run `hf auth login`"),
@@ -206,7 +216,8 @@ def test_a_branch_that_moves_while_it_is_read(over_http: tuple[dict[str, Any], H
 )
 def test_refusals_over_http(over_http: tuple[dict[str, Any], Hub], label: str, wanted: str) -> None:
     message = over_http[0][label]
-    assert message.startswith("CheckpointError: ") and wanted in message
+    assert message.startswith("CheckpointError: ")
+    assert wanted in message
 
 
 @pytest.mark.slow
