@@ -1,0 +1,376 @@
+"""How fast PSVAE is and how much memory it takes: ``python benchmarks/tokenizer.py``.
+
+Every timing is a ratio within this run: both sides take turns, so that a busy machine slows both. A row shows
+the median and the quartiles over the repetitions; rows with a target say whether it was met. It measures and
+never judges: the exit code is 0 either way. Weights are random, since speed and memory do not depend on them.
+"""
+
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import tyro
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from psvae import PSVAE, PixelDecoder, PSVAEConfig
+from psvae.losses import kl_loss, pixel_loss, semantic_loss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEAVY = ("timm", "diffusers", "transformers", "matplotlib")
+Group = Literal["encode", "decode", "import", "tiling", "training"]
+
+
+@dataclass
+class Options:
+    """What to measure."""
+
+    json: Path = Path("outputs/benchmarks/tokenizer.json")
+    """Where the rows are written."""
+    only: tuple[Group, ...] = ("encode", "decode", "import", "tiling", "training")
+    """The groups to run."""
+    quick: bool = False
+    """Batches of 1, few repetitions and a smaller tiled image: numbers to look at, not to report."""
+    compile: bool = False
+    """Also time the decoders under torch.compile."""
+    tiled_size: int = 2048
+    """Side of the tiled image in pixels; halved until the untiled decode fits into the free memory."""
+
+    @property
+    def batch(self) -> int:
+        return 1 if self.quick else 4
+
+    @property
+    def repetitions(self) -> int:
+        return 3 if self.quick else 9
+
+
+@dataclass
+class Row:
+    """A measured number. ``target`` is an upper bound."""
+
+    name: str
+    value: float
+    unit: str
+    low: float | None = None
+    high: float | None = None
+    target: float | None = None
+    note: str = ""
+    met: bool | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.met = None if self.target is None else self.value <= self.target
+
+    @classmethod
+    def of(cls, name: str, values: list[float], unit: str, target: float | None = None, note: str = "") -> "Row":
+        """The median and quartiles of repeated measurements."""
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(name, middle, unit, low, high, target, note)
+
+    def cells(self) -> tuple[str, ...]:
+        spread = "" if self.low is None or self.high is None else f"{self.low:.3g} to {self.high:.3g}"
+        target = "" if self.target is None else f"<= {self.target:g}"
+        verdict = {None: "", True: "met", False: "missed"}[self.met]
+        return self.name, f"{self.value:.3g} {self.unit}".strip(), spread, target, verdict, self.note
+
+
+def main(options: Options) -> None:
+    """Run the groups, print the table, write the JSON."""
+    torch.manual_seed(0)
+    print(
+        f"{machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {options.batch}, 256 px"
+    )
+    groups = {
+        "encode": encode_rows, "decode": decode_rows, "import": import_rows, "tiling": tiling_rows,
+        "training": training_rows,
+    }  # fmt: skip
+    rows: list[Row] = []
+    for name in options.only:
+        for row in groups[name](options):
+            rows.append(row)
+            print(f"  {row.name}: {row.value:.3g} {row.unit}", flush=True)
+    print_table(rows)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "batch": options.batch, "rows": [asdict(row) for row in rows]}
+    options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {options.json}")
+
+
+# Timing
+
+
+def in_turns(functions: list[Callable[[], Any]], repetitions: int) -> list[list[float]]:
+    """Seconds of each function at each repetition. All are warmed up, then run A B, B A, A B, …"""
+    for function in functions:
+        function()
+    seconds: list[list[float]] = [[] for _ in functions]
+    for repetition in range(repetitions):
+        for index in range(len(functions))[:: 1 if repetition % 2 == 0 else -1]:
+            start = time.perf_counter()
+            functions[index]()
+            seconds[index].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio_row(
+    name: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    options: Options,
+    target: float | None,
+    note: str = "",
+) -> Row:
+    """Our time over theirs."""
+    mine, other = in_turns([ours, theirs], options.repetitions)
+    rate = (
+        f"{options.batch / statistics.median(mine):.2g} against {options.batch / statistics.median(other):.2g} images/s"
+    )
+    return Row.of(name, [a / b for a, b in zip(mine, other, strict=True)], "x", target, f"{rate}{note}")
+
+
+# Groups
+
+
+@torch.inference_mode()
+def encode_rows(options: Options) -> Iterator[Row]:
+    """`PSVAE.encode` at 256 px against the bare encoder at the 224 px that it sees inside."""
+    config = PSVAEConfig.dinov2_base()
+    model = PSVAE(config).eval()
+    bare = timm.create_model(config.encoder.name, pretrained=False, num_classes=0, dynamic_img_size=True).eval()
+    for name, dtype in DTYPES.items():
+        model.to(dtype), bare.to(dtype)
+        images = (torch.rand(options.batch, 3, 256, 256) * 2 - 1).to(dtype)
+        small = torch.randn(options.batch, 3, 224, 224).to(dtype)
+        yield ratio_row(
+            f"PSVAE.encode / timm forward_features, {name}",
+            lambda images=images: model.encode(images).latent_dist,
+            lambda small=small: bare.forward_features(small),
+            options,
+            1.35,
+        )
+
+
+@torch.inference_mode()
+def decode_rows(options: Options) -> Iterator[Row]:
+    """`PSVAE.decode` against the decoder of diffusers with the same architecture and weights."""
+    model = PSVAE(PSVAEConfig.dinov2_base()).eval()
+    channels = model.config.latent_channels
+    theirs = diffusers_decoder(model.decoder)
+    for name, dtype in DTYPES.items():
+        model.to(dtype), theirs.to(dtype)
+        latents = torch.randn(options.batch, channels, 16, 16).to(dtype)
+        error = (model.decode(latents).sample - theirs(latents)).abs().max().item()
+        note = f"; largest difference {error:.1e}"
+        ours = lambda latents=latents: model.decode(latents).sample  # noqa: E731
+        other = lambda latents=latents: theirs(latents)  # noqa: E731
+        target = {"fp32": 1.0, "bf16": 0.5}[name]
+        yield ratio_row(f"PSVAE.decode / diffusers decoder, {name}", ours, other, options, target, note)
+        if options.compile:
+            compiled = copy.deepcopy(model)
+            compiled.decoder.compile()
+            fast = lambda latents=latents, compiled=compiled: compiled.decode(latents).sample  # noqa: E731
+            yield ratio_row(f"PSVAE.decode, compiled / as it comes, {name}", fast, ours, options, None)
+            their_fast = torch.compile(theirs)
+            other = lambda latents=latents, fast=their_fast: fast(latents)  # noqa: E731
+            yield ratio_row(f"PSVAE.decode / diffusers decoder, both compiled, {name}", fast, other, options, None)
+
+
+def import_rows(options: Options) -> Iterator[Row]:
+    """What ``import psvae`` adds to ``import torch``, in fresh processes."""
+    script = (
+        "import json, sys, time; a = time.perf_counter(); import torch; b = time.perf_counter(); import psvae; "
+        "c = time.perf_counter(); loaded = [name for name in sys.argv[1:] if name in sys.modules]; "
+        "from psvae import PSVAE; print(json.dumps([b - a, c - b, time.perf_counter() - c, loaded]))"
+    )
+    runs = []
+    for _ in range(options.repetitions + 1):  # the first one warms the disk cache
+        output = subprocess.run([sys.executable, "-c", script, *HEAVY], check=True, capture_output=True, text=True)
+        runs.append(json.loads(output.stdout))
+    of_torch, of_psvae, of_class, loaded = (list(column) for column in zip(*runs[1:], strict=True))
+    yield Row.of("import torch", of_torch, "s")
+    yield Row.of("import psvae, after torch", of_psvae, "s", 0.2)
+    yield Row.of("from psvae import PSVAE, after both", of_class, "s")
+    names = sorted({name for names in loaded for name in names})
+    wanted = f"of {', '.join(HEAVY)}"
+    yield Row("heavy libraries loaded by import psvae", len(names), "", target=0, note=", ".join(names) or wanted)
+
+
+def tiling_rows(options: Options) -> Iterator[Row]:
+    """Peak memory of a large decode, tiled and untiled, each in its own process."""
+    if not Path("/proc/self/status").exists():
+        print("  tiling: skipped, the peak memory is read from /proc, which this system lacks")
+        return
+    size = min(options.tiled_size, 1024) if options.quick else options.tiled_size
+    while size > 512 and free_memory() < 6 * 4 * 128 * size**2:  # six full-resolution maps, 128 channels, fp32
+        size //= 2
+    results = []
+    for tiled in (False, True):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            results.append(pool.submit(decode_large, size, tiled).result())
+    (peak, seconds, whole), (peak_tiled, seconds_tiled, tiles) = results
+    what = f"{size} px, fp32"
+    yield Row(f"peak memory, tiled / untiled, {what}", peak_tiled / peak, "x", target=0.25,
+              note=f"{peak_tiled / 2**30:.2f} against {peak / 2**30:.2f} GiB above the weights")  # fmt: skip
+    yield Row(f"time, tiled / untiled, {what}", seconds_tiled / seconds, "x", note=f"{seconds:.0f} s untiled, one run")
+    difference = abs(tiles - whole).max()
+    yield Row(f"largest difference of tiled from untiled, {what}", float(difference), "",
+              note=f"pixels of std {whole.std():.2g}: untrained weights")  # fmt: skip
+
+
+def training_rows(options: Options) -> Iterator[Row]:
+    """A training step of each stage, and its share of the rate of plain matrix products."""
+    images = torch.rand(options.batch, 3, 256, 256) * 2 - 1
+    for stage in (1, 2):
+        model = PSVAE(PSVAEConfig.dinov2_base()).train()
+        frozen = copy.deepcopy(model.encoder).requires_grad_(False)
+        model.encoder.requires_grad_(stage == 2)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        for name, dtype in DTYPES.items():
+            step = training_step(stage, model, frozen, optimizer, images, dtype)
+            with FlopCounterMode(display=False) as counter:
+                step()
+            gflop = counter.get_total_flops() / 1e9
+            product, product_gflop = matrix_product(dtype)
+            of_step, of_product = in_turns([step, product], options.repetitions)
+            rate = product_gflop / statistics.median(of_product)
+            pairs = zip(of_step, of_product, strict=True)
+            share = [gflop / a / (product_gflop / b) for a, b in pairs]
+            what = f"stage {stage}, {name}{' autocast' if name == 'bf16' else ''}"
+            yield Row.of(
+                f"training step, {what}", of_step, "s", note=f"{gflop:.0f} GFLOP; L1, no LPIPS, no discriminator"
+            )
+            yield Row.of(f"share of the matrix-product rate, {what}", share, "", note=f"of {rate:.0f} GFLOP/s")
+        del model, frozen, optimizer, trained, step  # before the next stage allocates its own
+
+
+# Parts
+
+
+def diffusers_decoder(decoder: PixelDecoder) -> nn.Module:
+    """The decoder of ``AutoencoderKL`` with the architecture and the weights of ours."""
+    config = decoder.config
+    levels = len(config.channel_multipliers)
+    theirs = AutoencoderKL(
+        block_out_channels=[config.base_channels * m for m in config.channel_multipliers],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * (levels - 1),
+        latent_channels=config.latent_channels,
+        layers_per_block=config.num_res_blocks,
+    ).decoder.eval()
+    names = {
+        "middle.block1.": "mid_block.resnets.0.", "middle.block2.": "mid_block.resnets.1.",
+        "middle.attention.": "mid_block.attentions.0.", "levels.": "up_blocks.", ".blocks.": ".resnets.",
+        ".upsample.": ".upsamplers.0.", ".shortcut.": ".conv_shortcut.", ".q.": ".to_q.", ".k.": ".to_k.",
+        ".v.": ".to_v.", ".proj.": ".to_out.0.", "norm_out.": "conv_norm_out.",
+    }  # fmt: skip
+    state = {}
+    for key, value in decoder.state_dict().items():
+        for ours, other in names.items():
+            key = key.replace(ours, other)
+        state[key.replace(".norm.", ".group_norm.")] = value
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def decode_large(size: int, tiled: bool) -> tuple[int, float, Any]:
+    """(peak bytes above what was resident before, seconds, image). Runs in its own process."""
+    torch.manual_seed(0)
+    model = PSVAE(PSVAEConfig.dinov2_base()).eval()
+    if tiled:
+        model.enable_tiling()
+    latents = torch.randn(1, model.config.latent_channels, size // 16, size // 16)
+    with torch.inference_mode():
+        model.decoder(latents[..., :1, :1])  # libraries set themselves up at the first call
+        before, start = resident_memory("VmRSS"), time.perf_counter()
+        image = model.decode(latents).sample
+        return resident_memory("VmHWM") - before, time.perf_counter() - start, image.numpy()
+
+
+def training_step(
+    stage: int, model: PSVAE, frozen: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """One step of the paper's stage 1 or 2."""
+
+    def step() -> None:
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+        with autocast:
+            output = model(images, sample_posterior=True, detach_latents=stage == 1)
+            with torch.no_grad():
+                target = output.features if stage == 1 else frozen(images)
+        semantic = semantic_loss(output.rebuilt_features, target)
+        if stage == 2:
+            semantic = semantic + semantic_loss(output.features, target)
+        loss = semantic + 1e-4 * kl_loss(output.posterior, reduction="mean") + pixel_loss(output.sample, images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_product(dtype: torch.dtype, side: int = 2048, times: int = 8) -> tuple[Callable[[], None], float]:
+    """A function that multiplies square matrices, and its GFLOP."""
+    a, b = torch.randn(2, side, side).to(dtype)
+
+    def product() -> None:
+        for _ in range(times):
+            torch.mm(a, b)
+
+    return product, times * 2 * side**3 / 1e9
+
+
+def resident_memory(name: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes resident in this process now, or at most so far (``getrusage`` would include the parent's)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {name: version(name) for name in ("torch", "timm", "diffusers")},
+    }
+
+
+def print_table(rows: list[Row]) -> None:
+    """The rows in aligned columns."""
+    table = [("what", "median", "quartiles", "target", "", "note"), *(row.cells() for row in rows)]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
+    print()
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
