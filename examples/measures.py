@@ -44,13 +44,15 @@ def measure(model: Any, frozen: nn.Module, images: Tensor, batch_size: int, acce
     """Means over ``images`` (``B 3 H W`` in [-1, 1]), through the public encode and decode.
 
     psnr, ssim: of the reconstruction, pixels in [0, 1]. feature_cosine: of rebuilt against frozen features,
-    per token. active_channels: share of latent channels whose mean KL is above 0.01 nat, a probe for collapse.
-    lpips: where its weights are on this machine.
+    per token. active_channels: a probe for posterior collapse, the share of latent channels that carry more than
+    0.01 nat per cell, as ½ log(1 + variance of the mean / mean of the variance). lpips: where its weights are on
+    this machine.
     """
     lpips = _local_lpips()
     rows: list[dict[str, float]] = []
     device = next(iter(model.state_dict().values())).device
-    kl = torch.zeros(())
+    means: list[Tensor] = []
+    variances: list[Tensor] = []
     for part in images.split(batch_size):
         part = part.to(device)
         with accelerator.autocast() if accelerator is not None else nullcontext():
@@ -67,11 +69,13 @@ def measure(model: Any, frozen: nn.Module, images: Tensor, batch_size: int, acce
         if lpips is not None:
             row["lpips"] = lpips.to(device)(shown, part).mean()
         rows.append({name: float(value) * len(part) for name, value in row.items()})
-        kl = kl.to(device) + output.posterior.kl("none").mean(dim=(2, 3)).sum(dim=0)
-    means = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
+        means.append(output.posterior.mean.float())
+        variances.append(output.posterior.var.float())
+    numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
     if output.parameters is not None:
-        means["active_channels"] = float((kl / len(images) > 0.01).float().mean())
-    return means
+        signal = torch.cat(means).var(dim=(0, 2, 3)) / torch.cat(variances).mean(dim=(0, 2, 3))
+        numbers["active_channels"] = float((0.5 * signal.log1p() > 0.01).float().mean())
+    return numbers
 
 
 def _local_lpips() -> Any:

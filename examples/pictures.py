@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
+from psvae.losses import cosine_similarity_map
+
 
 @torch.no_grad()
 def save_samples(model: Any, images: Tensor, path: Path) -> None:
@@ -31,3 +33,42 @@ def principal_colours(maps: Tensor) -> Tensor:
     low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
     colours = ((scores - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return colours.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def save_report(image: Tensor, stage1: Any, stage2: Any, frozen: Any, path: Path) -> None:
+    """Input, reconstruction after each stage, PCA of the latent, cosine between rebuilt and original features.
+
+    Args:
+        image: ``1 3 H W`` in [-1, 1], not trained on.
+        stage1, stage2: PSVAEs after each stage.
+        frozen: the encoder before training.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    outputs = [model(image) for model in (stage1, stage2)]
+    cosine = cosine_similarity_map(outputs[1].rebuilt_features, frozen(image))[0]
+    figure, axes = plt.subplots(1, 5, figsize=(17, 4), layout="constrained")
+    axes[0].imshow(_shown(image))
+    axes[0].set_title("input, not trained on")
+    for axis, output, name in zip(axes[1:3], outputs, ("stage 1, S-VAE", "stage 2, PS-VAE"), strict=True):
+        reconstruction = output.sample.clamp(-1, 1)
+        psnr = -10 * torch.log10(((reconstruction - image) / 2).square().mean())
+        axis.imshow(_shown(reconstruction))
+        axis.set_title(f"{name}: {psnr:.1f} dB")
+    axes[3].imshow(principal_colours(stage2.encode(image).latent_dist.mode())[0].permute(1, 2, 0))
+    axes[3].set_title("latent, first 3 principal components")
+    shown = axes[4].imshow(cosine, vmin=min(0.5, float(cosine.min())), vmax=1.0, cmap="viridis")
+    axes[4].set_title(f"rebuilt vs original features:\ncosine {cosine.mean():.3f}")
+    figure.colorbar(shown, ax=axes[4], shrink=0.8)
+    for axis in axes:
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _shown(image: Tensor) -> Tensor:
+    return (image[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)

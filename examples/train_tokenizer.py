@@ -16,15 +16,15 @@ import math
 import shlex
 import shutil
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+import zlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from data import DataOptions, batches, validation_images
 from measures import Ema, fast_precision, measure
 from pictures import save_samples
@@ -127,7 +127,10 @@ def main(options: Options) -> dict[str, dict[str, float]]:
         gradient_accumulation_steps=options.accumulate,
         log_with=None if options.tracker == "none" else options.tracker,
         project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "logs")),
-        step_scheduler_with_optimizer=False,
+        # P-VAE leaves the semantic decoder without a gradient
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=not options.losses.semantic, broadcast_buffers=False)
+        ],
     )
     if options.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
@@ -163,6 +166,8 @@ class Stage:
         self._build()
         if options.resume:
             self._load_checkpoint()
+        elif list((self.folder / "checkpoints").glob("step*")):
+            raise SystemExit(f"{self.folder} holds checkpoints of an earlier run: pass --resume, or another --output")
         bar = tqdm(
             initial=self.step, total=self.steps, desc=f"stage {self.stage}", disable=not accelerator.is_main_process
         )
@@ -175,7 +180,7 @@ class Stage:
             self.step += 1
             bar.update()
             if self.step % options.log_every == 0:
-                numbers = {name: float(value) for name, value in terms.items()}
+                numbers = {name: float(value.detach()) for name, value in terms.items()}
                 bar.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()})
                 accelerator.log({f"stage{self.stage}/{name}": value for name, value in numbers.items()}, step=self.step)
             if self.step % options.sample_every == 0:
@@ -204,21 +209,18 @@ class Stage:
         self.discriminator: Any = None
         if options.losses.adversarial and self.stage == 2:
             network = losses.PatchDiscriminator()
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network) if accelerator.use_distributed and torch.cuda.is_available() else network
             adversary = torch.optim.AdamW(network.parameters(), options.lr, options.betas)
             self.discriminator, self.adversary = accelerator.prepare(network, adversary)
         self.ema = Ema(self.model, options.ema) if options.ema else None
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
-        held_out = options.data if options.validation is None else copy.copy(options.data)
-        if options.validation is not None:
-            object.__setattr__(held_out, "path", options.validation)
+        held_out = replace(options.data, path=options.validation or options.data.path)
         self.held_out = validation_images(held_out, options.validation_count)
 
     def _train_step(self, stream: Any) -> dict[str, Tensor]:
         """One optimiser step. Learning rate, KL weight and noise depend on the step alone, so a resumed run repeats them."""
         options, accelerator = self.options, self.accelerator
-        for optimizer in (self.optimizer, *([self.adversary] if self.discriminator is not None else [])):
+        for optimizer in [self.optimizer] if self.discriminator is None else [self.optimizer, self.adversary]:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr()
         terms: dict[str, Tensor] = {}
@@ -226,19 +228,18 @@ class Stage:
             batch = next(stream)
             self.unreadable.update(batch.unreadable)
             images = batch.images.to(accelerator.device, non_blocking=True)
-            noise = torch.Generator().manual_seed(hash((options.seed, self.stage, self.step, part, accelerator.process_index)))
-            with accelerator.accumulate(self.model):
-                output = self.model(
-                    images, sample_posterior=True, generator=noise, detach_latents=self.stage == 1
-                )
+            position = (options.seed, self.stage, self.step, part, accelerator.process_index)
+            noise = torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
+            with accelerator.accumulate(*self._networks()):
+                output = self.model(images, sample_posterior=True, generator=noise, detach_latents=self.stage == 1)
                 terms = self._losses(output, images)
                 accelerator.backward(terms["total"])
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(self.model.parameters(), options.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            if self._adversary_counts():
-                terms["discriminator"] = self._train_discriminator(images, output.sample.detach())
+                if self._adversary_counts():
+                    terms["discriminator"] = self._train_discriminator(images, output.sample.detach())
         if self.ema is not None:
             self.ema.update(self.model)
         return terms
@@ -276,14 +277,15 @@ class Stage:
         return terms
 
     def _train_discriminator(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        accelerator = self.accelerator
         self.accelerator.unwrap_model(self.discriminator).requires_grad_(True)
-        with accelerator.accumulate(self.discriminator):
-            loss = losses.discriminator_hinge_loss(self.discriminator(images), self.discriminator(reconstruction.float()))
-            accelerator.backward(loss)
-            self.adversary.step()
-            self.adversary.zero_grad()
+        loss = losses.discriminator_hinge_loss(self.discriminator(images), self.discriminator(reconstruction.float()))
+        self.accelerator.backward(loss)
+        self.adversary.step()
+        self.adversary.zero_grad()
         return loss.detach()
+
+    def _networks(self) -> list[Any]:
+        return [self.model] if self.discriminator is None else [self.model, self.discriminator]
 
     def _adversary_counts(self) -> bool:
         return self.discriminator is not None and self.step + 1 >= self.options.losses.adversarial_start

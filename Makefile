@@ -1,0 +1,24 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Both make .venv first.
+.PHONY: quickstart test check clean
+PYTHON ?= python3
+
+quickstart: .venv/installed
+	.venv/bin/python examples/quickstart.py $(if $(DATA),--data $(DATA))
+
+test: .venv/installed
+	.venv/bin/pytest
+
+# lint, format and types
+check: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+.venv/installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --upgrade pip
+	.venv/bin/python -m pip install -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv outputs
