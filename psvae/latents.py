@@ -75,16 +75,16 @@ class DiagonalGaussian:
             reduction: ``"none"`` keeps ``B Z h w``; ``"sum"`` adds over Z, h, w to ``B`` (what Rombach et
                 al. average over the batch and weigh by 1e-6); ``"mean"`` averages over Z, h, w to ``B``.
         """
-        mean, var, logvar = self.mean.float(), self.var.float(), self.logvar.float()
-        kl = torch.zeros_like(mean) if self.deterministic else 0.5 * (mean.square() + var - 1.0 - logvar)
+        mean, logvar = self.mean.float(), self.logvar.float()
+        kl = torch.zeros_like(mean) if self.deterministic else 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
         return _reduce(kl, reduction)
 
     def nll(self, sample: Latents, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
         """−log q(sample), summed over ``dims``; ``B`` by default."""
-        mean, var, logvar = self.mean.float(), self.var.float(), self.logvar.float()
+        mean, logvar = self.mean.float(), self.logvar.float()
         if self.deterministic:
             return torch.zeros_like(mean).sum(list(dims))
-        nll = 0.5 * (math.log(2.0 * math.pi) + logvar + (sample.float() - mean).square() / var)
+        nll = 0.5 * (math.log(2.0 * math.pi) + logvar + (sample.float() - mean).square() / logvar.exp())
         return nll.sum(list(dims))
 
     def __repr__(self) -> str:
