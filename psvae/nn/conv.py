@@ -27,9 +27,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
-        return y.add_(self.shortcut(x))
+        y = self.norm2(self.conv1(silu(self.norm1(x))))  # one expression, so that three maps are alive, not four
+        return self.conv2(silu(y)).add_(self.shortcut(x))
 
 
 class SpatialAttention(nn.Module):
