@@ -67,7 +67,9 @@ def batches(options: DataOptions, batch_size: int, seed: int, rank: int, world: 
     if isinstance(source, Dataset):
         order = _Order(len(source), seed, rank, world, start * batch_size)
         pictures: Any = _Pictures(source, training_transform(options), seed)
-        loader = DataLoader(pictures, batch_size, sampler=order, num_workers=options.workers, **_loading(options.workers))
+        loader = DataLoader(
+            pictures, batch_size, sampler=order, num_workers=options.workers, **_loading(options.workers)
+        )
     else:
         stream = _Stream(options, batch_size, seed, rank, world, start)
         loader = DataLoader(stream, batch_size, num_workers=stream.workers, **_loading(stream.workers))

@@ -40,7 +40,9 @@ class Ema:
 
 
 @torch.no_grad()
-def measure(model: Any, frozen: nn.Module, images: Tensor, batch_size: int, accelerator: Any = None) -> dict[str, float]:
+def measure(
+    model: Any, frozen: nn.Module, images: Tensor, batch_size: int, accelerator: Any = None
+) -> dict[str, float]:
     """Means over ``images`` (``B 3 H W`` in [-1, 1]), through the public encode and decode.
 
     psnr, ssim: of the reconstruction, pixels in [0, 1]. feature_cosine: of rebuilt against frozen features,
@@ -90,7 +92,7 @@ def _local_lpips() -> Any:
 
 
 def fast_precision() -> str:
-    """"bf16" if a convolution's forward and backward is faster in it than in fp32 on this machine, else "no"."""
+    """ "bf16" if a convolution's forward and backward is faster in it than in fp32 on this machine, else "no"."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     conv = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))).to(device)
     x = torch.randn(8, 64, 32, 32, device=device).to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from pictures import save_report
 from PIL import Image
 from train_tokenizer import LossOptions, Options, main
 
-from psvae import PSVAE, PSVAEConfig, PixelDecoderConfig, SemanticEncoderConfig, SemanticVAEConfig
+from psvae import PSVAE, PixelDecoderConfig, PSVAEConfig, SemanticEncoderConfig, SemanticVAEConfig
 
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel", "hubble_deep_field",

@@ -29,6 +29,7 @@ from data import DataOptions, batches, validation_images
 from measures import Ema, fast_precision, measure
 from pictures import save_samples
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from psvae import PSVAE, PSVAEConfig, SemanticEncoder, fit_latent_statistics, losses
@@ -139,6 +140,8 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     if accelerator.is_main_process:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "options.json").write_text(json.dumps(asdict(options), indent=2, default=str))
+    kind = accelerator.distributed_type.value
+    accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
     if options.tracker != "none":
         accelerator.init_trackers("psvae")
     stages = {"1": [1], "2": [2], "both": [1, 2]}[options.stage]
@@ -218,7 +221,7 @@ class Stage:
         self.held_out = validation_images(held_out, options.validation_count)
 
     def _train_step(self, stream: Any) -> dict[str, Tensor]:
-        """One optimiser step. Learning rate, KL weight and noise depend on the step alone, so a resumed run repeats them."""
+        """One optimiser step. Rate, KL weight and noise depend on the step alone, so a resumed run repeats them."""
         options, accelerator = self.options, self.accelerator
         for optimizer in [self.optimizer] if self.discriminator is None else [self.optimizer, self.adversary]:
             for group in optimizer.param_groups:
@@ -262,7 +265,11 @@ class Stage:
             terms["kl"] = term.detach()
             total = total + weights.kl * min(1.0, (self.step + 1) / (weights.kl_warmup * self.steps + 1)) * term
         reconstruction = losses.pixel_loss(
-            output.sample, images, norm=weights.pixel_norm, perceptual=self.perceptual, perceptual_weight=weights.perceptual
+            output.sample,
+            images,
+            norm=weights.pixel_norm,
+            perceptual=self.perceptual,
+            perceptual_weight=weights.perceptual,
         )
         terms["pixel"] = reconstruction.detach()
         total = total + weights.pixel * reconstruction
@@ -297,7 +304,7 @@ class Stage:
 
     def _averaged(self) -> Any:
         """The plain model with the averaged weights (all weights, gathered where they are sharded)."""
-        state = self.accelerator.get_state_dict(self.model)
+        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
         if self.ema is not None:
             state = {**state, **self.ema.named(self.accelerator.unwrap_model(self.model))}
         with torch.device("meta"):
@@ -314,7 +321,9 @@ class Stage:
 
     def _validate(self) -> dict[str, float]:
         numbers = measure(self._averaged(), self.frozen, self.held_out, self.options.batch_size, self.accelerator)
-        self.accelerator.log({f"stage{self.stage}/val_{name}": value for name, value in numbers.items()}, step=self.step)
+        self.accelerator.log(
+            {f"stage{self.stage}/val_{name}": value for name, value in numbers.items()}, step=self.step
+        )
         return numbers
 
     def _save_checkpoint(self) -> None:
@@ -389,7 +398,9 @@ def load_lpips() -> nn.Module:
     try:
         return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except OSError as error:
-        raise SystemExit(f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without") from error
+        raise SystemExit(
+            f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without"
+        ) from error
 
 
 if __name__ == "__main__":

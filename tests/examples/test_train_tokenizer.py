@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from tests.tiny import tiny_psvae_config
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_tokenizer.py"
-SHORT = (
+SHORT = shlex.split(
     "--data.size 32 --data.crop random --data.resize 36 --data.workers 0 --encoder-weights random "
     "--losses.perceptual 0 --losses.adversarial-start 3 --batch-size 2 --mixed-precision no --steps1 4 --steps2 8 "
     "--warmup 2 --checkpoint-every 1 --validate-every 4 --sample-every 4 --validation-count 2 --statistics-batches 2 "
     "--log-every 2 --tracker none"
-).split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,13 @@ def command(workspace, output, *more, data="images"):
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "1",
+        "PYTHONPATH": str(REPOSITORY),
+    }
 
 
 def run(arguments, expect=0):
@@ -120,12 +127,10 @@ def quick(workspace, output, *more, data="images"):
 
 def test_two_processes_train_together(workspace):
     output = workspace / "ddp"
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
-    ]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = command(workspace, output, "--steps1", "2", "--steps2", "4", "--checkpoint-every", "99")
-    run([*launch, *arguments[1:]])
+    text = run([*launch, *arguments[1:]])
+    assert "2 process(es)" in text
     assert PSVAE.from_pretrained(output / "stage2").latent_spec.channels == 8
 
 
