@@ -11,9 +11,11 @@ import importlib
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 
-from psvae.errors import ConfigError, MissingDependencyError
+from psvae.errors import CheckpointError, ConfigError, MissingDependencyError
 
 __all__ = ["build_vit", "fill_constant_buffers", "published_statistics"]
 
@@ -50,6 +52,7 @@ def build_vit(
 
     Raises:
         ConfigError: timm has no such model, refuses ``model_args``, or the model is not a plain ViT.
+        CheckpointError: weights were asked for and could not be fetched, read or fitted.
         MissingDependencyError: timm or its torchvision cannot be imported.
     """
     timm = import_timm()
@@ -64,6 +67,14 @@ def build_vit(
         )
     except TypeError as error:
         raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
+    except (OSError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        if not pretrained and file is None:
+            raise
+        source = f"timm's published weights of {name!r}" if file is None else f"{file!r} as weights of {name!r}"
+        raise CheckpointError(
+            f"could not load {source} ({type(error).__name__}: {error}). Go online once to fill the cache, pass the "
+            "path of a local file of that architecture as file=..., or build without weights: pretrained=False"
+        ) from error
     if not all(hasattr(vit, part) for part in ("patch_embed", "blocks", "norm", "forward_intermediates")):
         raise ConfigError(f"{name!r} is a {type(vit).__name__}; wanted a Vision Transformer with patch tokens")
     _configure_positions(vit, name, position_mode, position_antialias)

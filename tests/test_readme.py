@@ -1,0 +1,43 @@
+"""The README's Python runs as printed, top to bottom, beside the folder that `make quickstart` leaves."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.tiny import tiny_psvae
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_psvae().save_pretrained("outputs/quickstart/stage2")
+    held_out = Path("outputs/quickstart/photographs/held_out")
+    held_out.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 451, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(held_out / "chelsea.png")
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    names: dict = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README block {number}", "exec"), names)  # noqa: S102
+    assert names["painted"].shape == names["images"].shape
+    assert torch.isfinite(names["loss"])
+
+
+def test_the_first_example_is_ten_lines():
+    block = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    lines = [line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(lines) <= 10
+
+
+def test_files_and_commands_that_it_names_exist():
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for command in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert f"\n{command}:" in makefile
