@@ -91,21 +91,17 @@ def _local_lpips() -> Any:
     return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
 
 
-def fast_precision() -> str:
-    """ "bf16" if a convolution's forward and backward is faster in it than in fp32 on this machine, else "no"."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    conv = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(4))).to(device)
-    x = torch.randn(8, 64, 32, 32, device=device).to(memory_format=torch.channels_last)
-    seconds = {}
-    for enabled in (False, True):
-        runs = []
-        for _ in range(4):
-            start = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=enabled):
-                y = conv(x)
-            y.float().square().mean().backward()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            runs.append(time.perf_counter() - start)
-        seconds[enabled] = min(runs)
-    return "bf16" if seconds[True] < seconds[False] else "no"
+def fast_precision(model: Any, size: int) -> str:
+    """ "bf16" if a forward and backward of ``model`` is faster in it than in fp32 on this machine, else "no"."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    images = torch.zeros(2, 3, size, size)
+    seconds = {"no": [], "bf16": []}
+    for precision in ("no", "bf16", "no", "bf16", "no", "bf16"):  # in turn, so that a busy moment hits both
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            output = model(images)
+        output.sample.float().square().mean().backward()
+        model.zero_grad()
+        seconds[precision].append(time.perf_counter() - start)
+    return min(seconds, key=lambda precision: min(seconds[precision]))

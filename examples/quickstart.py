@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 from data import DataOptions, center_transform
-from measures import fast_precision, measure
+from measures import measure
 from pictures import save_report
 from PIL import Image
 from train_tokenizer import LossOptions, Options, main
@@ -105,7 +105,9 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
     config = PSVAEConfig(
         encoder=encoder,
         vae=SemanticVAEConfig(width, LATENT_CHANNELS, num_heads=heads, mlp_dim=4 * width, initial_logvar=-4.0),
-        decoder=PixelDecoderConfig(LATENT_CHANNELS, base_channels=32, channel_multipliers=(1, 1, 2, 2)),
+        decoder=PixelDecoderConfig(
+            LATENT_CHANNELS, base_channels=32, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1
+        ),
         sample_size=256,
     )
     model = options.output / "model.json"
@@ -123,7 +125,7 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
         warmup=30,
         final_lr=0.05,
         ema=0.98,
-        mixed_precision=fast_precision(),
+        mixed_precision="auto",
         log_every=10,
         sample_every=10**9,
         validate_every=10**9,

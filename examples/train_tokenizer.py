@@ -122,7 +122,10 @@ class Options:
 
 def main(options: Options) -> dict[str, dict[str, float]]:
     """Run the stages asked for; returns the validation measures of each."""
-    precision = fast_precision() if options.mixed_precision == "auto" else options.mixed_precision
+    stages = {"1": [1], "2": [2], "both": [1, 2]}[options.stage]
+    precision = options.mixed_precision
+    if precision == "auto":
+        precision = fast_precision(build_model(options, stages[0]), options.data.size)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.accumulate,
@@ -144,7 +147,6 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
     if options.tracker != "none":
         accelerator.init_trackers("psvae")
-    stages = {"1": [1], "2": [2], "both": [1, 2]}[options.stage]
     measures = {f"stage{stage}": Stage(options, stage, accelerator).run() for stage in stages}
     accelerator.end_training()
     return measures
