@@ -44,9 +44,9 @@ class Quickstart:
     encoder: str | None = None
     """A timm model with published weights to start from, such as vit_small_patch14_reg4_dinov2.lvd142m (needs a
     network); without it, a small one with random weights."""
-    steps1: int = 600
+    steps1: int = 350
     """Steps of stage 1."""
-    steps2: int = 1000
+    steps2: int = 650
     """Steps of stage 2."""
 
 
