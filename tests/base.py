@@ -186,7 +186,9 @@ class ModuleTests:
 
     def test_save_and_load(self, module: Any, tmp_path: Path) -> None:
         module.save_pretrained(tmp_path)
+        random = torch.random.get_rng_state()
         loaded = self.module_class.from_pretrained(tmp_path)
+        assert torch.random.get_rng_state().equal(random)  # built on the meta device: nothing was initialised
         assert loaded.config == module.config
         assert not loaded.training
         assert_same_state(loaded, module)

@@ -152,14 +152,14 @@ def test_slicing_equals_the_whole_batch(variant):
     whole = model.encode(x).latent_dist
     image = model.decode(whole.mode()).sample
     batches = []
-    handle = model.decoder.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+    for half in (model.encoder, model.decoder):
+        half.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
     model.enable_slicing()
     sliced = model.encode(x).latent_dist
     assert_close([sliced.mean, sliced.std, model.decode(whole.mode()).sample], [whole.mean, whole.std, image])
     model.disable_slicing()
     model.decode(whole.mode())
-    handle.remove()
-    assert batches == [1, 1, 1, 3]
+    assert batches == [1, 1, 1, 1, 1, 1, 3]
 
 
 @VARIANTS
