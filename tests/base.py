@@ -139,7 +139,7 @@ class ModuleTests:
             wanted = self.call(module, *inputs)
             got = self.call(module.cuda(), *(x.cuda() for x in inputs))
         for cpu, cuda in zip(wanted, got, strict=True):
-            torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-2, atol=1e-2)  # convolutions may run in TF32
 
     # Gradients
 
