@@ -15,6 +15,7 @@ Images are in [-1, 1] at every public boundary. Annotations with these letters a
 tests run (``pytest --shapes``) and cost nothing otherwise.
 """
 
+import math
 import warnings
 
 import torch
@@ -41,8 +42,12 @@ def check_map(x: Tensor, channels: int, what: str) -> None:
 
     Raises:
         ShapeError: wrong rank, wrong channel count, or an empty axis.
-        DtypeError: an integer or boolean tensor.
+        DtypeError: not a tensor, or an integer or boolean one.
     """
+    if not isinstance(x, Tensor):
+        raise DtypeError(
+            f"{what} came as {type(x).__name__}; wanted one torch.Tensor of shape (B, {channels}, height, width)"
+        )
     if x.ndim != 4:
         hint = "; add a batch axis with .unsqueeze(0)" if x.ndim == 3 else ""
         raise ShapeError(f"{what} have shape {tuple(x.shape)}; wanted 4 axes, (B, {channels}, height, width){hint}")
@@ -63,7 +68,7 @@ def check_images(images: Tensor, stride: int, channels: int = 3) -> None:
     The values are read only in eager mode: a compiled or exported graph skips that check.
 
     Raises:
-        ShapeError: wrong rank, channels or size, or NaN among the values.
+        ShapeError: wrong rank, channels or size, or NaN or infinity among the values.
         DtypeError: an integer tensor.
 
     Warns:
@@ -80,8 +85,10 @@ def check_images(images: Tensor, stride: int, channels: int = 3) -> None:
     if torch.compiler.is_compiling() or images.device.type == "meta":
         return
     low, high = (float(bound) for bound in torch.aminmax(images.detach()))
-    if low != low or high != high:
-        raise ShapeError("images hold NaN; wanted finite values in [-1, 1]: look at the step that made them")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ShapeError(
+            "images hold NaN or infinity; wanted finite values in [-1, 1]: look at the step that made them"
+        )
     if low < -_FAR_OUTSIDE or high > _FAR_OUTSIDE:
         warnings.warn(
             f"images span [{low:.3g}, {high:.3g}]; wanted [-1, 1]: pixels in 0..255 become x / 127.5 - 1, "

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from psvae import PSVAE, fit_latent_statistics
+from psvae.errors import CheckpointError
 from tests.processes import in_processes
 from tests.stages import forward, frozen_encoder, move_off_the_frozen_copy, prepare, total
 from tests.tiny import fill_weights, images, tiny_psvae
@@ -51,15 +52,27 @@ def under_ddp(rank: int, stage: int, through_the_wrapper: bool = True) -> Gradie
 
 
 def under_fsdp(rank: int, stage: int) -> Gradients:
-    """Blocks, halves and modules sharded, as a user's auto-wrap would; the names stay those of the module."""
     model, frozen = model_for(stage)
+    return gradients(shard(model), model, frozen, stage, rank * PER_PROCESS, PER_PROCESS)
+
+
+def shard(model: PSVAE) -> PSVAE:
+    """Blocks, halves and modules sharded, as a user's auto-wrap would; the names stay those of the module."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     assert model.vae is not None
     halves = [model.vae.encoder, model.vae.decoder]
     blocks = itertools.chain(model.encoder.vit.blocks, *(half.blocks for half in halves))
     for part in (*blocks, model.encoder, *halves, model.decoder, model):
         fully_shard(part, mesh=mesh)
-    return gradients(model, model, frozen, stage, rank * PER_PROCESS, PER_PROCESS)
+    return model
+
+
+def saved_while_sharded() -> str:
+    try:
+        shard(tiny_psvae()).save_pretrained("never-made")
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
 
 
 def statistics(rank: int) -> list[Tensor]:
@@ -89,6 +102,7 @@ def all_of_it(rank: int) -> dict[str, Any]:
     try:
         for stage in STAGES:
             results[f"fsdp {stage}"] = under_fsdp(rank, stage)
+        results["saved while sharded"] = saved_while_sharded()
     except (RuntimeError, NotImplementedError) as error:  # both processes stop at the same call
         results["no fsdp"] = f"{type(error).__name__}: {error}"
     return results
@@ -134,6 +148,14 @@ def test_fsdp_gives_the_gradients_of_the_joined_batch(in_two: list[dict[str, Any
         pytest.skip(f"this PyTorch cannot shard over gloo on the CPU: {in_two[0]['no fsdp']}")
     for result in in_two:
         assert difference(result[f"fsdp {stage}"], in_one(stage)) < 1e-3
+
+
+def test_saving_sharded_weights_says_how_to_gather_them(in_two: list[dict[str, Any]]) -> None:
+    if "no fsdp" in in_two[0]:
+        pytest.skip(f"this PyTorch cannot shard over gloo on the CPU: {in_two[0]['no fsdp']}")
+    for result in in_two:
+        assert "tensors are sharded over processes; wanted whole ones" in result["saved while sharded"]
+        assert "get_model_state_dict, with full_state_dict=True" in result["saved while sharded"]
 
 
 def test_two_processes_fit_the_statistics_of_the_union(in_two: list[dict[str, Any]]) -> None:

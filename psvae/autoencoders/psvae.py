@@ -17,7 +17,7 @@ from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
 from psvae.errors import ConfigError
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian, LatentSpec
-from psvae.shapes import Features, Images, Latents, check_images, check_map
+from psvae.shapes import Features, Images, Latents, check_map
 from psvae.vae import SemanticVAE, SemanticVAEConfig
 
 __all__ = ["PSVAE", "PSVAEConfig"]
@@ -59,7 +59,9 @@ class PSVAEConfig(Config):
                     f"the decoder takes {self.decoder.latent_channels} channels and reads {self.decoder_reads} of "
                     f"{reads}; wanted the same: set decoder.latent_channels"
                 )
-        self.require(self.sample_size % stride == 0, "sample_size", f"a multiple of the stride {stride}")
+        fits = self.sample_size >= stride and self.sample_size % stride == 0
+        self.require(fits, "sample_size", f"a multiple of the stride {stride}")
+        self.require(min(self.statistics_grid or (1,)) >= 1, "statistics_grid", "None or two numbers of at least 1")
 
     @classmethod
     def dinov2_base(cls, latent_channels: int = 96) -> "PSVAEConfig":
@@ -222,7 +224,7 @@ class PSVAE(nn.Module, HubMixin):
         Raises:
             ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
         """
-        check_images(images, self.config.encoder.stride)
+        check_map(images, self.config.in_channels, "images")  # the rest is for the encoder to check, once
         slices = images.split(1) if self.use_slicing else [images]
         raw = DiagonalGaussian.cat([self._posterior(self.encoder(part)) for part in slices])
         posterior = self.latent_spec.normalize_posterior(raw)
@@ -294,10 +296,19 @@ class PSVAE(nn.Module, HubMixin):
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels; ``config.sample_size``.
             tile_sample_stride_height, tile_sample_stride_width: step between tiles in pixels; 3/4 of a tile.
+
+        Raises:
+            ConfigError: a size is not a multiple of the stride, or a step is longer than its tile.
         """
         stride = self.config.encoder.stride
-        tile = [size or self.config.sample_size for size in (tile_sample_min_height, tile_sample_min_width)]
         asked = (tile_sample_stride_height, tile_sample_stride_width)
+        for size in (tile_sample_min_height, tile_sample_min_width, *asked):
+            if size is not None and (size < stride or size % stride):
+                near = max(stride, round(size / stride) * stride)
+                raise ConfigError(
+                    f"tiling asks for {size} pixels; wanted a multiple of the stride {stride}, nearest {near}"
+                )
+        tile = [size or self.config.sample_size for size in (tile_sample_min_height, tile_sample_min_width)]
         step = [size or max(stride, side * 3 // 4) for size, side in zip(asked, tile, strict=True)]
         cells = [max(1, size // stride) for size in (*tile, *step)]
         self.use_tiling, self.tiling = True, Tiling((cells[0], cells[1]), (cells[2], cells[3]))

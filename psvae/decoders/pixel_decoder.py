@@ -45,6 +45,7 @@ class PixelDecoderConfig(Config):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         multipliers = self.channel_multipliers
         self.require(len(multipliers) >= 1 and min(multipliers) >= 1, "channel_multipliers", "one or more, each >= 1")
+        self.require(self.norm_eps > 0, "norm_eps", "a positive number")
         self.require(0 <= self.attention_levels <= len(multipliers), "attention_levels", f"0 to {len(multipliers)}")
         self.require(
             all(self.base_channels * m % self.norm_groups == 0 for m in multipliers),

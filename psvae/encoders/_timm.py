@@ -65,11 +65,11 @@ def build_vit(
         vit = timm.create_model(
             name, pretrained=pretrained or file is not None, pretrained_cfg_overlay=overlay, **arguments
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
         raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
     except (OSError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        if not pretrained and file is None:
-            raise
+        if not pretrained and file is None:  # a size that no tensor can have
+            raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
         source = f"timm's published weights of {name!r}" if file is None else f"{file!r} as weights of {name!r}"
         raise CheckpointError(
             f"could not load {source} ({type(error).__name__}: {error}). Go online once to fill the cache, pass the "

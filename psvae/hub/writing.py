@@ -34,8 +34,16 @@ def write_checkpoint(
     one step, and new shards have new names until their index is replaced in one step.
 
     Raises:
-        CheckpointError: anything could not be written; the old checkpoint is as it was.
+        CheckpointError: anything could not be written, or the weights are sharded (FSDP); the old checkpoint is as
+            it was.
     """
+    sharded = [key for key, tensor in state.items() if hasattr(tensor, "full_tensor")]
+    if sharded:
+        raise CheckpointError(
+            f"{sharded[0]} and {len(sharded) - 1} other tensors are sharded over processes; wanted whole ones: load "
+            "the result of torch.distributed.checkpoint.state_dict.get_model_state_dict, with full_state_dict=True, "
+            "into an unsharded module and save that"
+        )
     tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
     staging = folder / _STAGING
     try:

@@ -57,6 +57,8 @@ class SemanticVAEConfig(Config):
         for name in ("feature_dim", "latent_channels", "num_heads", "mlp_dim"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         self.require(self.depth >= 0, "depth", "0 or more")
+        self.require(self.norm_eps > 0, "norm_eps", "a positive number")
+        self.require(-30 <= self.initial_logvar <= 20, "initial_logvar", "-30 to 20, where the posterior clamps it")
         self.require(self.projection_dim is None or self.projection_dim >= 1, "projection_dim", "None or at least 1")
         self.require(
             self.feature_dim % self.num_heads == 0, "num_heads", f"a divisor of feature_dim {self.feature_dim}"
