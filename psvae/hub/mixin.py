@@ -78,7 +78,8 @@ class HubMixin:
         training_command: str | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Write config, weights and model card. A crash half-way leaves an older checkpoint there intact.
+        """Write config, weights and model card. A crash half-way leaves an older checkpoint there, of the
+        same configuration, intact.
 
         Other files in the folder stay. A ``README.md`` that psvae did not write is kept. With several
         processes, call it on one.

@@ -32,6 +32,7 @@ def write_checkpoint(
 
     Until the last move of the weights a reader sees the old checkpoint whole: a single file is replaced in
     one step, and new shards have new names until their index is replaced in one step.
+    ``config.json`` follows: only over a checkpoint of another configuration is there an instant between the two.
 
     Raises:
         CheckpointError: anything could not be written, or the weights are sharded (FSDP); the old checkpoint is as
