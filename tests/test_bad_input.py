@@ -89,7 +89,7 @@ BAD_IMAGES: dict[str, tuple[Any, type[PSVAEError], str]] = {
     "integers": (images().long(), DtypeError, r"images have dtype torch\.int64; wanted floating point"),
     "mask": (images() > 0, DtypeError, r"images have dtype torch\.bool; wanted floating point"),
     "NaN": (
-        images().masked_fill(images() > 0.99, float("nan")),
+        with_last_pixel(float("nan")),
         ShapeError,
         "images hold NaN or infinity; wanted finite",
     ),
