@@ -38,15 +38,17 @@ def build_vit(
     name: str,
     model_args: dict[str, Any],
     *,
+    layer: int,
     final_norm: Literal["plain", "affine", "none"],
     position_mode: str,
     position_antialias: bool,
     pretrained: bool = False,
     file: str | None = None,
 ) -> Any:
-    """A timm ViT without head or pooling, whose patch grid follows the image.
+    """A timm ViT without head or pooling, up to one block, whose patch grid follows the image.
 
     Args:
+        layer: the last block kept, negative from the end; later ones would only wait for gradients.
         pretrained: read timm's published weights, from its cache or the Hub.
         file: read this local file instead; timm resamples and converts as it does for its own.
 
@@ -77,6 +79,10 @@ def build_vit(
         ) from error
     if not all(hasattr(vit, part) for part in ("patch_embed", "blocks", "norm", "forward_intermediates")):
         raise ConfigError(f"{name!r} is a {type(vit).__name__}; wanted a Vision Transformer with patch tokens")
+    depth = len(vit.blocks)
+    if not -depth <= layer < depth:
+        raise ConfigError(f"SemanticEncoderConfig.layer is {layer}; wanted {-depth} to {depth - 1} for {name!r}")
+    vit.blocks = vit.blocks[: layer % depth + 1]
     _configure_positions(vit, name, position_mode, position_antialias)
     if final_norm == "none":
         vit.norm = nn.Identity()

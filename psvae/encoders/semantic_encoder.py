@@ -33,7 +33,7 @@ class SemanticEncoderConfig(Config):
             stride = patch nothing is resized.
         mean, std: normalisation of pixels in [0, 1].
         resize_mode, resize_antialias: how the image is resized inside. RAE: bicubic, no antialias.
-        layer: which block's output, negative from the end.
+        layer: which block's output, negative from the end; later blocks are left out.
         final_norm: ``"plain"`` (LayerNorm without weights, RAE), ``"affine"`` (the encoder's own) or ``"none"``.
         position_mode, position_antialias: how a learned position table follows the grid.
     """
@@ -94,8 +94,6 @@ class SemanticEncoder(nn.Module, HubMixin):
         self.vit = build_vit(config.name, config.model_args, **_choices(config))
         self.feature_dim: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
-        last = len(self.vit.blocks) - 1
-        config.require(-last - 1 <= config.layer <= last, "layer", f"{-last - 1} to {last} for {config.name!r}")
         # the device is named so that a build on the meta device still holds the numbers
         self.register_buffer("mean", torch.tensor(config.mean, device="cpu").view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std, device="cpu").view(3, 1, 1), persistent=False)
@@ -135,8 +133,7 @@ class SemanticEncoder(nn.Module, HubMixin):
         has_prefix = self.vit.num_prefix_tokens > 0  # SigLIP has patch tokens alone, and timm then gives no pair
         [found] = self.vit.forward_intermediates(
             pixels,
-            indices=[self.config.layer % len(self.vit.blocks)],
-            stop_early=True,
+            indices=1,  # the last block: those after config.layer were not built
             output_fmt="NLC",
             return_prefix_tokens=has_prefix,
             intermediates_only=True,
@@ -177,6 +174,7 @@ class SemanticEncoder(nn.Module, HubMixin):
 def _choices(config: SemanticEncoderConfig) -> dict[str, Any]:
     """What `build_vit` needs beside name and arguments."""
     return {
+        "layer": config.layer,
         "final_norm": config.final_norm,
         "position_mode": config.position_mode,
         "position_antialias": config.position_antialias,
