@@ -14,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 from data import DataOptions, center_transform
@@ -44,9 +43,9 @@ class Quickstart:
     encoder: str | None = None
     """A timm model with published weights to start from, such as vit_small_patch14_reg4_dinov2.lvd142m (needs a
     network); without it, a small one with random weights."""
-    steps1: int = 350
+    steps1: int = 220
     """Steps of stage 1."""
-    steps2: int = 650
+    steps2: int = 380
     """Steps of stage 2."""
 
 
@@ -84,12 +83,15 @@ def prepare_photographs(options: Quickstart) -> tuple[Path, Path]:
     else:
         from skimage import data
 
-        for name in (*PHOTOGRAPHS, HELD_OUT):
-            pixels = np.asarray(getattr(data, name)())
-            place = "held_out" if name == HELD_OUT else "train"
-            Image.fromarray(pixels).convert("RGB").save(folder / place / f"{name}.png")
-        for name, pixels in zip(("motorcycle_left", "motorcycle_right"), data.stereo_motorcycle()[:2], strict=True):
-            Image.fromarray(pixels).save(folder / "train" / f"{name}.png")
+        photographs = {name: getattr(data, name)() for name in (*PHOTOGRAPHS, HELD_OUT)}
+        photographs["motorcycle_left"], photographs["motorcycle_right"], _ = data.stereo_motorcycle()
+        for name, pixels in photographs.items():
+            photograph = Image.fromarray(pixels).convert("RGB")
+            if name == HELD_OUT:
+                photograph.save(folder / "held_out" / f"{name}.png")
+            else:
+                photograph.thumbnail((512, 512))
+                photograph.save(folder / "train" / f"{name}.bmp")  # read a hundred times each: no decompression
     return folder / "train", next((folder / "held_out").iterdir())
 
 
@@ -106,14 +108,14 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
         encoder=encoder,
         vae=SemanticVAEConfig(width, LATENT_CHANNELS, num_heads=heads, mlp_dim=4 * width, initial_logvar=-4.0),
         decoder=PixelDecoderConfig(
-            LATENT_CHANNELS, base_channels=32, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1
+            LATENT_CHANNELS, base_channels=24, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8
         ),
         sample_size=256,
     )
     model = options.output / "model.json"
     model.write_text(json.dumps(config.to_dict(), indent=2))
     return Options(
-        data=DataOptions(str(folder), size=64, crop="zoom", zoom=(0.02, 0.25), workers=0),
+        data=DataOptions(str(folder), size=64, crop="zoom", zoom=(0.04, 0.4), workers=0),
         output=options.output,
         model=str(model),
         encoder_weights="random" if options.encoder is None else "timm",
