@@ -106,9 +106,8 @@ class LatentSpec(nn.Module):
         channels: Z.
         stride: pixels of the image per latent cell, on each axis.
         grid: ``None`` for statistics per channel, or (h, w) for statistics per element at that grid.
-        applied_by: who normalises. ``"vae"``: `encode` returns normalised latents and `decode` undoes it,
-            so SD-style callers scale by 1 and shift by 0. ``"caller"``: as in ``AutoencoderKL``.
 
+    `PSVAE.encode` applies them and `PSVAE.decode` undoes them, so SD-style callers scale by 1 and shift by 0.
     The buffers ``mean`` and ``std`` (``Z 1 1`` or ``Z h w``) start as 0 and 1;
     `fit_latent_statistics` fills them.
     """
@@ -116,15 +115,9 @@ class LatentSpec(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        channels: int,
-        stride: int,
-        grid: tuple[int, int] | None = None,
-        applied_by: Literal["vae", "caller"] = "vae",
-    ) -> None:
+    def __init__(self, channels: int, stride: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.channels, self.stride, self.grid, self.applied_by = channels, stride, grid, applied_by
+        self.channels, self.stride, self.grid = channels, stride, grid
         shape = (channels, *(grid or (1, 1)))
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
@@ -154,7 +147,7 @@ class LatentSpec(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per channel" if self.grid is None else f"per element at {self.grid[0]}x{self.grid[1]}"
-        return f"channels={self.channels}, stride={self.stride}, statistics={kind}, applied_by={self.applied_by!r}"
+        return f"channels={self.channels}, stride={self.stride}, statistics={kind}"
 
 
 @runtime_checkable
