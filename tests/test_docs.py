@@ -66,6 +66,19 @@ def test_training_options_exist():
         assert f"{OPTION_CLASSES[group]}.{field.replace('-', '_')}" in options, f"--{flag}"
 
 
+def test_training_defaults_are_the_code_s():
+    source = (ROOT / "examples" / "train_tokenizer.py").read_text(encoding="utf-8")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    section = PAGE.read_text(encoding="utf-8").split("### Training")[1].split("###")[0]
+    stated = re.findall(r"`--([\w.-]+) ([^`]+)`", section)
+    assert len(stated) > 4
+    for flag, value in stated:
+        group, _, field = flag.rpartition(".")
+        fields = {item.target.id: item.value for item in classes[OPTION_CLASSES[group]].body if hasattr(item, "target")}
+        default = ast.literal_eval(fields[field.replace("-", "_")])
+        assert default == type(default)(value), f"--{flag}"
+
+
 def test_variants_build():
     scope: dict = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):

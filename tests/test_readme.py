@@ -24,7 +24,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert len(blocks) >= 2
     names: dict = {}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README block {number}", "exec"), names)  # noqa: S102
+        exec(compile(block, f"README block {number}", "exec"), names)
     assert names["painted"].shape == names["images"].shape
     assert torch.isfinite(names["loss"])
 

@@ -19,7 +19,7 @@ def test_offline_with_an_empty_cache_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_lost_file_and_one_of_another_architecture(tmp_path):
-    with pytest.raises(CheckpointError, match="could not load '/nowhere/x.safetensors'"):
+    with pytest.raises(CheckpointError, match=r"could not load '/nowhere/x\.safetensors'"):
         SemanticEncoder.from_timm(NAME, file="/nowhere/x.safetensors")
     path = tmp_path / "other.safetensors"
     save_file({"patch_embed.proj.weight": torch.zeros(48, 3, 14, 14)}, path)
