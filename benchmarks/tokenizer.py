@@ -230,7 +230,10 @@ def tiling_rows(options: Options) -> Iterator[Row]:
 
 
 def training_rows(options: Options) -> Iterator[Row]:
-    """A training step of each stage, and its share of the rate of plain matrix products."""
+    """A training step of each stage, and its share of the rate of plain matrix products.
+
+    Above 1 is possible: PyTorch's convolutions and matrix products come from different libraries.
+    """
     images = torch.rand(options.batch, 3, 256, 256) * 2 - 1
     for stage in (1, 2):
         model = PSVAE(PSVAEConfig.dinov2_base()).train()
