@@ -125,7 +125,7 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     stages = {"1": [1], "2": [2], "both": [1, 2]}[options.stage]
     precision = options.mixed_precision
     if precision == "auto":
-        precision = fast_precision(build_model(options, stages[0]), options.data.size)
+        precision = fast_precision(build_model(options, stages[0]), options.batch_size, options.data.size)
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=options.accumulate,
