@@ -67,8 +67,6 @@ def build_vit(
         vit = timm.create_model(
             name, pretrained=pretrained or file is not None, pretrained_cfg_overlay=overlay, **arguments
         )
-    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
-        raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
     except (OSError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         if not pretrained and file is None:  # a size that no tensor can have
             raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
@@ -77,6 +75,8 @@ def build_vit(
             f"could not load {source} ({type(error).__name__}: {error}). Go online once to fill the cache, pass the "
             "path of a local file of that architecture as file=..., or build without weights: pretrained=False"
         ) from error
+    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
+        raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
     if not all(hasattr(vit, part) for part in ("patch_embed", "blocks", "norm", "forward_intermediates")):
         raise ConfigError(f"{name!r} is a {type(vit).__name__}; wanted a Vision Transformer with patch tokens")
     depth = len(vit.blocks)
