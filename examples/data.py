@@ -81,12 +81,12 @@ def validation_images(options: DataOptions, count: int) -> Tensor:
     transform = center_transform(options.size)
     found: list[Tensor] = []
     source = _open(options)
-    items = map(source.__getitem__, range(len(source))) if isinstance(source, Dataset) else _samples(options, 0, 0, 1)
-    for item in items:
+    for item in map(source.__getitem__, range(len(source))) if isinstance(source, Dataset) else _one_pass(options):
         try:
-            found.append(transform(_read(item[1])))
+            image = _read(item[1])
         except UNREADABLE:
             continue
+        found.append(transform(image))
         if len(found) == count:
             break
     if not found:
@@ -104,6 +104,8 @@ def training_transform(options: DataOptions) -> v2.Compose:
     if options.crop == "center":
         cut: list[v2.Transform] = [v2.Resize(options.size, antialias=True), v2.CenterCrop(options.size)]
     elif options.crop == "random":
+        if options.resize < options.size:
+            raise SystemExit(f"--data.resize {options.resize} is smaller than the crop, --data.size {options.size}")
         cut = [v2.Resize(options.resize, antialias=True), v2.RandomCrop(options.size)]
     else:
         cut = [v2.RandomResizedCrop(options.size, scale=options.zoom, ratio=(1.0, 1.0), antialias=True)]
@@ -134,8 +136,7 @@ def _read(content: Any) -> Image.Image:
     return image.convert("RGB")
 
 
-def _transform(transform: v2.Compose, content: Any, seed: int, position: int) -> Tensor:
-    image = _read(content)
+def _transform(transform: v2.Compose, image: Image.Image, seed: int, position: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):  # crops and flips depend on (seed, position), not on who loads what when
         torch.manual_seed((seed * 1_000_003 + position) % 2**63)
         return transform(image)
@@ -182,9 +183,11 @@ class _Pictures(Dataset):
         for offset in range(len(self.source)):
             name, content = self.source[(index + offset) % len(self.source)]
             try:
-                return _transform(self.transform, content, self.seed, position), unreadable
+                image = _read(content)
             except UNREADABLE:
                 unreadable.append(name)
+                continue
+            return _transform(self.transform, image, self.seed, position), unreadable
         raise RuntimeError(f"none of the {len(self.source)} images can be read; the first is {unreadable[0]}")
 
 
@@ -223,16 +226,14 @@ class _Stream(IterableDataset):
         unreadable: list[str] = []
         for position, (name, content) in enumerate(_samples(self.options, self.seed, reader, readers)):
             try:
-                if readable < given:
-                    _read(content)
-                    readable += 1
-                    continue
-                image = _transform(transform, content, self.seed, position * readers + reader)
+                image = _read(content)
             except UNREADABLE:
                 unreadable.append(name)
                 continue
-            yield image, unreadable
-            unreadable = []
+            readable += 1
+            if readable > given:
+                yield _transform(transform, image, self.seed, position * readers + reader), unreadable
+                unreadable = []
 
 
 def _open(options: DataOptions) -> Any:
@@ -283,12 +284,16 @@ def _samples(options: DataOptions, seed: int, reader: int, readers: int) -> Iter
         epoch += 1
 
 
-def _one_pass(options: DataOptions, seed: int, reader: int, readers: int) -> Iterator[tuple[str, Any]]:
+def _one_pass(
+    options: DataOptions, seed: int | None = None, reader: int = 0, readers: int = 1
+) -> Iterator[tuple[str, Any]]:
+    """(name, content) once through, shuffled where there is a seed."""
     if options.kind == "webdataset":
         import webdataset as wds
 
         shards = _tar_files(options)
-        random.Random(seed).shuffle(shards)
+        if seed is not None:
+            random.Random(seed).shuffle(shards)
         by_sample = len(shards) < readers  # too few shards to share: share the samples
         mine = shards if by_sample else shards[reader::readers]
         samples = iter(wds.WebDataset(mine, shardshuffle=False, empty_check=False, handler=wds.warn_and_continue))
@@ -297,7 +302,9 @@ def _one_pass(options: DataOptions, seed: int, reader: int, readers: int) -> Ite
             if ending is not None:
                 yield f"{sample['__url__']}:{sample['__key__']}", sample[ending]
     else:
-        table = _huggingface(options).shuffle(seed=seed, buffer_size=1000)
+        table = _huggingface(options)
+        if seed is not None:
+            table = table.shuffle(seed=seed, buffer_size=1000)
         by_sample = table.num_shards < readers
         rows = iter(table if by_sample else table.shard(num_shards=readers, index=reader))
         for number, row in enumerate(islice(rows, reader, None, readers) if by_sample else rows):

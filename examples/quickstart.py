@@ -120,8 +120,8 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
         output=options.output,
         model=str(model),
         encoder_weights="random" if options.encoder is None else "timm",
-        steps1=options.steps1 or 220,
-        steps2=options.steps2 or 380,
+        steps1=220 if options.steps1 is None else options.steps1,
+        steps2=380 if options.steps2 is None else options.steps2,
         losses=LossOptions(semantic=1.0, perceptual=0.0, adversarial=0.0),
         batch_size=8,
         lr=1e-3,
@@ -142,7 +142,7 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
 
 def fit_steps(options: Quickstart, training: Options) -> Options:
     """Fewer steps where this machine would need more than four minutes for all."""
-    if options.steps1 or options.steps2:
+    if options.steps1 is not None or options.steps2 is not None:
         return training
     seconds = min(step_seconds(build_model(training, stage=1), training.batch_size, training.data.size).values())
     # the whole step, with data, frozen encoder and optimiser, was measured at 1.5 times forward and backward

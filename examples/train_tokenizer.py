@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
 from data import DataOptions, batches, validation_images
 from measures import Ema, fast_precision, measure
 from pictures import save_samples
@@ -78,7 +78,8 @@ class Options:
     encoder_weights: str = "timm"
     """`timm` (its published weights), `random`, a weights file that timm reads, or a folder saved by psvae."""
     init: Path | None = None
-    """A saved PSVAE to start from; `--stage 2` alone defaults to stage1/ of the output."""
+    """A saved PSVAE that the first stage starts from instead of `--model` and `--encoder-weights`; its encoder becomes
+    the frozen target of L_S. `--stage 2` alone defaults to stage1/ of the output."""
     stage: Literal["1", "2", "both"] = "both"
     steps1: int = 50_000
     """Optimiser steps of stage 1; the paper: until semantic reconstruction converges."""
@@ -112,7 +113,10 @@ class Options:
     keep_checkpoints: int = 2
     validate_every: int = 2000
     validation: str | None = None
-    """Images of the same kind as the data to validate on; without it, the first ones of the data."""
+    """Images of the same kind as the data to validate on; without it and `validation_split`, the first ones of the
+    training data, and every number is marked so."""
+    validation_split: str | None = None
+    """Split of a Hugging Face dataset to validate on."""
     validation_count: int = 64
     statistics_batches: int = 100
     """Batches from which the latent's mean and std are fitted after each stage."""
@@ -173,6 +177,8 @@ class Stage:
             self._load_checkpoint()
         elif list((self.folder / "checkpoints").glob("step*")):
             raise SystemExit(f"{self.folder} holds checkpoints of an earlier run: pass --resume, or another --output")
+        elif accelerator.is_main_process:
+            done.unlink(missing_ok=True)  # of an earlier run: a later --resume must not take it for this one's
         bar = tqdm(
             initial=self.step, total=self.steps, desc=f"stage {self.stage}", disable=not accelerator.is_main_process
         )
@@ -210,7 +216,8 @@ class Stage:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, options.lr, options.betas, weight_decay=options.weight_decay)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
-        self.perceptual = load_lpips().to(accelerator.device) if options.losses.perceptual else None
+        with accelerator.local_main_process_first():  # one process downloads, the others find the file
+            self.perceptual = load_lpips().to(accelerator.device) if options.losses.perceptual else None
         self.discriminator: Any = None
         if options.losses.adversarial and self.stage == 2:
             network = losses.PatchDiscriminator()
@@ -219,7 +226,11 @@ class Stage:
         self.ema = Ema(self.model, options.ema) if options.ema else None
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
-        held_out = replace(options.data, path=options.validation or options.data.path)
+        held_out = replace(
+            options.data,
+            path=options.validation or options.data.path,
+            split=options.validation_split or options.data.split,
+        )
         self.held_out = validation_images(held_out, options.validation_count)
 
     def _train_step(self, stream: Any) -> dict[str, Tensor]:
@@ -359,14 +370,18 @@ class Stage:
         numbers = measure(model, self.frozen, self.held_out, options.batch_size, accelerator)
         if accelerator.is_main_process:
             save_samples(model, self.held_out[:8].to(accelerator.device), self.folder / "samples" / "final.png")
-            model.save_pretrained(self.folder, training_command=shlex.join(["python", *sys.argv]), metrics=numbers)
+            where = "" if options.validation or options.validation_split else ", on training images"
+            card = {f"{name}{where}": value for name, value in numbers.items()}
+            model.save_pretrained(self.folder, training_command=shlex.join(["python", *sys.argv]), metrics=card)
             partial = self.folder / "metrics.json.partial"
             partial.write_text(json.dumps(numbers, indent=2))
             partial.rename(self.folder / "metrics.json")
         accelerator.print(f"stage {self.stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
-        if self.unreadable:
-            names = sorted(self.unreadable)
-            accelerator.print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")
+        names = sorted(set(gather_object(sorted(self.unreadable))))
+        if names and accelerator.is_main_process:
+            (self.folder / "unreadable.txt").write_text("\n".join(names) + "\n")
+            print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")
+            print(f"all their names are in {self.folder / 'unreadable.txt'}")
         accelerator.free_memory()
         accelerator._custom_objects.clear()
         accelerator.wait_for_everyone()
@@ -375,7 +390,8 @@ class Stage:
 
 def build_model(options: Options, stage: int) -> PSVAE:
     """Stage 1: a fresh PSVAE around a pretrained encoder. Stage 2: what stage 1 saved, with its own encoder."""
-    init = options.init or (options.output / "stage1" if stage == 2 else None)
+    first = stage == 1 or options.stage == "2"
+    init = options.init if first and options.init is not None else options.output / "stage1" if stage == 2 else None
     if init is not None:
         return PSVAE.from_pretrained(init)
     presets = {"dinov2_base": PSVAEConfig.dinov2_base, "siglip2_so400m": PSVAEConfig.siglip2_so400m}

@@ -7,6 +7,7 @@ nearest valid one.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -99,11 +100,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return {str(key): tuple(item) if isinstance(item, list) else item for key, item in value.items()}
     elif isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
         return hint.from_dict(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     elif hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    elif isinstance(hint, type) and hint is not int and origin is None and isinstance(value, hint):
+    elif isinstance(hint, type) and hint not in (int, float) and origin is None and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
+    if isinstance(value, float) and not math.isfinite(value):
+        wanted = "a finite number"
     raise ConfigError(f"{where} is {value!r}; wanted {wanted}")

@@ -186,11 +186,12 @@ def fit_latent_statistics(
     """
     spec = vae.latent_spec
     over = (0, 2, 3) if spec.grid is None else (0,)
-    count, mean, m2, noise = 0, *(torch.zeros_like(spec.mean, dtype=torch.float64) for _ in range(3))
+    old_mean, old_std = spec.mean.cpu().double(), spec.std.cpu().double()  # on the CPU: some devices lack float64
+    count, mean, m2, noise = 0, *(torch.zeros_like(old_mean) for _ in range(3))
     for images in batches:
         posterior = vae.encode(images).latent_dist
-        raw = spec.denormalize(posterior.mean.double())
-        var = posterior.var.double() * spec.std.double().square()
+        raw = posterior.mean.cpu().double() * old_std + old_mean
+        var = posterior.var.cpu().double() * old_std.square()
         size = raw.numel() // mean.numel()
         batch_mean = raw.mean(over, keepdim=True)[0]
         batch_m2 = (raw - batch_mean).square().sum(over, keepdim=True)[0]
@@ -198,8 +199,8 @@ def fit_latent_statistics(
         noise = noise + var.sum(over, keepdim=True)[0]
     if dist.is_available() and dist.is_initialized():
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (count, mean.cpu(), m2.cpu(), noise.cpu()))
-        count, mean, m2, noise = 0, *(torch.zeros_like(mean.cpu()) for _ in range(3))
+        dist.all_gather_object(gathered, (count, mean, m2, noise))
+        count, mean, m2, noise = 0, *(torch.zeros_like(mean) for _ in range(3))
         for other_count, other_mean, other_m2, other_noise in gathered:
             count, mean, m2 = _merge((count, mean, m2), (other_count, other_mean, other_m2))
             noise = noise + other_noise

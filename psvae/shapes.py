@@ -84,7 +84,9 @@ def check_images(images: Tensor, stride: int, channels: int = 3) -> None:
         )
     if torch.compiler.is_compiling() or images.device.type == "meta":
         return
-    low, high = (float(bound) for bound in torch.aminmax(images.detach()))
+    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # one transfer from the device
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ShapeError(
             "images hold NaN or infinity; wanted finite values in [-1, 1]: look at the step that made them"

@@ -5,6 +5,7 @@ Checkpoints are in ``tests/hub/test_faults.py``, Hub ids in ``tests/hub/test_hub
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psvae import PSVAE, SemanticEncoder, fit_latent_statistics
+from psvae import PSVAE, SemanticEncoder, SemanticEncoderConfig, fit_latent_statistics
 from psvae.errors import ConfigError, DtypeError, MissingDependencyError, PSVAEError, RangeWarning, ShapeError
 from tests.tiny import (
     features,
@@ -213,7 +214,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "norm_eps NaN": (
         lambda: tiny_vae_config(norm_eps=float("nan")),
-        r"SemanticVAEConfig\.norm_eps is nan; wanted a pos",
+        r"SemanticVAEConfig\.norm_eps is nan; wanted a finite number",
     ),
     "initial_logvar": (lambda: tiny_vae_config(initial_logvar=50.0), r"initial_logvar is 50\.0; wanted -30 to 20"),
     "sample_size": (
@@ -227,6 +228,16 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
     "stride": (
         lambda: tiny_psvae_config(encoder=tiny_encoder_config(stride=14)),
         "encoder has stride 14 and the decoder 8",
+    ),
+    "mean not finite": (lambda: tiny_encoder_config(mean=(math.nan, 0, 0)), r"mean\[0\] is nan; wanted a finite number"),
+    "model_args not JSON": (lambda: tiny_encoder_config(model_args={"norm_layer": dict}), "cannot be saved as JSON"),
+    "norm that is no LayerNorm": (
+        lambda: tiny_encoder(model_args={"global_pool": "avg"}),
+        r"final_norm is 'plain'; 'vit_tiny.* ends in Identity.*wanted 'none'",
+    ),
+    "positions of a rotary model": (
+        lambda: SemanticEncoder(SemanticEncoderConfig("eva02_tiny_patch14_224", position_antialias=False)),
+        "no learned position table",
     ),
     "layer": (lambda: tiny_encoder(layer=2), r"SemanticEncoderConfig\.layer is 2; wanted -2 to 1 for 'vit_tiny"),
     "misspelt name": (

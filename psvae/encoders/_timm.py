@@ -86,7 +86,12 @@ def build_vit(
     _configure_positions(vit, name, position_mode, position_antialias)
     if final_norm == "none":
         vit.norm = nn.Identity()
-    elif final_norm == "plain" and isinstance(vit.norm, nn.LayerNorm):
+    elif not isinstance(vit.norm, nn.LayerNorm):
+        raise ConfigError(
+            f"SemanticEncoderConfig.final_norm is {final_norm!r}; {name!r} ends in {type(vit.norm).__name__}, not in a "
+            "LayerNorm: wanted 'none', or model_args without pooling"
+        )
+    elif final_norm == "plain":
         vit.norm = nn.LayerNorm(vit.embed_dim, eps=vit.norm.eps, elementwise_affine=False)
     return vit
 
@@ -95,7 +100,9 @@ def _configure_positions(vit: Any, name: str, mode: str, antialias: bool) -> Non
     """Resize the learned position table as configured; timm's own choice is bicubic with antialias."""
     if (mode, antialias) == ("bicubic", True):
         return
-    if not getattr(vit, "dynamic_img_size", False) or vit.pos_embed is None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    if type(vit) not in (VisionTransformer,) or vit.pos_embed is None:
         raise ConfigError(
             f"position_mode={mode!r}, position_antialias={antialias} came for {name!r}, which has no learned "
             "position table to resize; leave them at 'bicubic' and True"

@@ -1,5 +1,6 @@
 """SemanticEncoder: image → features, by a pretrained Vision Transformer (paper, section 3.3, E_V)."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from psvae.config import Config
 from psvae.encoders._timm import build_vit, fill_constant_buffers, published_statistics
+from psvae.errors import ConfigError
 from psvae.hub.mixin import HubMixin
 from psvae.shapes import Features, Images, check_images
 
@@ -54,6 +56,10 @@ class SemanticEncoderConfig(Config):
         self.require(bool(self.name), "name", "a timm model name")
         self.require(self.stride >= 1, "stride", "at least 1")
         self.require(min(self.std) > 0, "std", "three positive numbers")
+        try:
+            json.dumps(self.model_args, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model_args {self.model_args!r} cannot be saved as JSON ({error}); use names") from error
 
 
 class EncoderTokens(NamedTuple):
@@ -94,9 +100,10 @@ class SemanticEncoder(nn.Module, HubMixin):
         self.vit = build_vit(config.name, config.model_args, **_choices(config))
         self.feature_dim: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
-        # the device is named so that a build on the meta device still holds the numbers
-        self.register_buffer("mean", torch.tensor(config.mean, device="cpu").view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.std, device="cpu").view(3, 1, 1), persistent=False)
+        # a build on the meta device must still hold these numbers: no checkpoint brings them
+        device = "cpu" if torch.get_default_device().type == "meta" else None
+        self.register_buffer("mean", torch.tensor(config.mean, device=device).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std, device=device).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_timm(cls, name: str, *, pretrained: bool = True, file: str | None = None, **fields: Any) -> Self:

@@ -34,7 +34,7 @@ tags: [psvae, image-feature-extraction, autoencoder]
 
 # {name}
 
-{count / 1e6:.2f} M parameters. Load it with [psvae](https://pypi.org/project/psvae):
+{count / 1e6:.2f} M parameters. Load it with the psvae library:
 
 ```python
 from psvae import {name}

@@ -119,6 +119,9 @@ class SemanticVAE(nn.Module, HubMixin):
             raise ConfigError(f"the encoder has {len(blocks)} blocks; SemanticVAEConfig.depth is {depth}")
         for half in (self.encoder, self.decoder):
             for target, source in zip(half.blocks, list(blocks)[len(blocks) - depth :], strict=True):
+                heads = getattr(getattr(source, "attn", None), "num_heads", None)
+                if heads != self.config.num_heads:  # the one difference that no shape shows
+                    raise ConfigError(f"the encoder's blocks have {heads} heads; num_heads is {self.config.num_heads}")
                 try:
                     target.load_state_dict(source.state_dict())
                 except RuntimeError as error:
