@@ -229,7 +229,10 @@ BAD_CONFIGS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tiny_psvae_config(encoder=tiny_encoder_config(stride=14)),
         "encoder has stride 14 and the decoder 8",
     ),
-    "mean not finite": (lambda: tiny_encoder_config(mean=(math.nan, 0, 0)), r"mean\[0\] is nan; wanted a finite number"),
+    "mean not finite": (
+        lambda: tiny_encoder_config(mean=(math.nan, 0, 0)),
+        r"mean\[0\] is nan; wanted a finite number",
+    ),
     "model_args not JSON": (lambda: tiny_encoder_config(model_args={"norm_layer": dict}), "cannot be saved as JSON"),
     "norm that is no LayerNorm": (
         lambda: tiny_encoder(model_args={"global_pool": "avg"}),
