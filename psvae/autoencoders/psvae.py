@@ -146,6 +146,10 @@ class PSVAE(nn.Module, HubMixin):
     scale by 1 and shift by 0. Built without weights: `from_encoder` starts from a pretrained encoder,
     `from_pretrained` loads a trained PSVAE.
 
+    Args:
+        config: see `PSVAEConfig`.
+        encoder: used instead of a fresh one; `from_encoder` also keeps the configuration in step with it.
+
     Attributes:
         encoder: `SemanticEncoder`. vae: `SemanticVAE` or None. decoder: `PixelDecoder`.
         latent_spec: `LatentSpec`.
@@ -153,10 +157,10 @@ class PSVAE(nn.Module, HubMixin):
 
     config_class = PSVAEConfig
 
-    def __init__(self, config: PSVAEConfig) -> None:
+    def __init__(self, config: PSVAEConfig, encoder: SemanticEncoder | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = SemanticEncoder(config.encoder)
+        self.encoder = SemanticEncoder(config.encoder) if encoder is None else encoder
         self.vae = None if config.vae is None else SemanticVAE(config.vae)
         self.decoder = PixelDecoder(config.decoder)
         self.latent_spec = LatentSpec(config.latent_channels, config.encoder.stride, config.statistics_grid)
@@ -180,8 +184,7 @@ class PSVAE(nn.Module, HubMixin):
             encoder: becomes part of the model; not copied.
             config: its ``encoder`` field is replaced by the encoder's own configuration.
         """
-        model = cls(config.replace(encoder=encoder.config))
-        model.encoder = encoder
+        model = cls(config.replace(encoder=encoder.config), encoder)
         if model.vae is not None and config.vae is not None and config.vae.block_init == "encoder":
             model.vae.copy_blocks(encoder.vit.blocks)
         return model
