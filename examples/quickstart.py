@@ -158,6 +158,7 @@ def fit_steps(options: Quickstart, training: Options) -> Options:
 
 def print_table(numbers: dict[str, dict[str, float]], name: str) -> None:
     """PSNR, SSIM and feature cosine after each stage."""
+    print("\nThe lines above measure a 64 px crop, the size of training; the whole photograph:")
     print(f"\n{name} at 256 px, not trained on     PSNR     SSIM   feature cosine")
     for stage, row in numbers.items():
         label = {"stage1": "stage 1, S-VAE", "stage2": "stage 2, PS-VAE"}[stage]

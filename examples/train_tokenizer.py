@@ -206,6 +206,12 @@ class Stage:
 
     def _build(self) -> None:
         options, accelerator = self.options, self.accelerator
+        held_out = replace(
+            options.data,
+            path=options.validation or options.data.path,
+            split=options.validation_split or options.data.split,
+        )
+        self.held_out = validation_images(held_out, options.validation_count)
         torch.manual_seed(options.seed + self.stage)
         model = build_model(options, self.stage)
         self.config = model.config
@@ -226,12 +232,6 @@ class Stage:
         self.ema = Ema(self.model, options.ema) if options.ema else None
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
-        held_out = replace(
-            options.data,
-            path=options.validation or options.data.path,
-            split=options.validation_split or options.data.split,
-        )
-        self.held_out = validation_images(held_out, options.validation_count)
 
     def _train_step(self, stream: Any) -> dict[str, Tensor]:
         """One optimiser step. Rate, KL weight and noise depend on the step alone, so a resumed run repeats them."""
@@ -397,6 +397,8 @@ def build_model(options: Options, stage: int) -> PSVAE:
     presets = {"dinov2_base": PSVAEConfig.dinov2_base, "siglip2_so400m": PSVAEConfig.siglip2_so400m}
     if options.model in presets:
         config = presets[options.model](options.latent_channels)
+    elif not Path(options.model).is_file():
+        raise SystemExit(f"--model {options.model!r} is neither a JSON file nor one of {', '.join(presets)}")
     else:
         config = PSVAEConfig.from_dict(json.loads(Path(options.model).read_text()))
     chosen = config.encoder
