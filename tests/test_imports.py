@@ -16,20 +16,19 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)],
 
 # Rooms by the names of their modules under psvae, and what each may see besides itself.
 VOCABULARY = {"shapes", "errors", "config", "latents"}
-LOW = VOCABULARY | {"nn", "hub.mixin"}
+HUB = {"hub.mixin", "hub.formats", "hub.source", "hub.reading", "hub.writing", "hub.cards", "hub.keymaps"}
+LOW = VOCABULARY | HUB | {"nn"}
 NOUNS = {"encoders", "vae", "decoders", "alignment", "generators"}
-HUB_MIXIN = {"hub.mixin", "hub.reading", "hub.writing", "hub.cards"}  # what the mixin is made of
 ALLOWED = {
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "nn": VOCABULARY,
-    **dict.fromkeys(HUB_MIXIN, VOCABULARY | HUB_MIXIN),
+    **dict.fromkeys(HUB, VOCABULARY | HUB),
     "hub": set(),
     **dict.fromkeys(NOUNS, LOW),
     "losses": VOCABULARY,
     "flow": VOCABULARY,
     "autoencoders": LOW | NOUNS,
-    "hub.keymaps": LOW | NOUNS | {"autoencoders"},
-    "integrations": LOW | NOUNS | {"autoencoders", "hub.keymaps", "hub.cards"},
+    "integrations": LOW | NOUNS | {"autoencoders"},
 }
 # Third-party imports that only one file may make, at its top or inside a function.
 ONLY_IN = {"timm": {"psvae.encoders._timm", "psvae.encoders._positions"}, "diffusers": set(), "transformers": set()}

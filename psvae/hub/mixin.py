@@ -3,6 +3,7 @@
 A folder holds ``config.json``, ``model.safetensors`` (or shards with an index) and ``README.md``.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,17 +13,23 @@ from typing import Any, ClassVar, Self, cast
 import torch
 
 from psvae.config import Config
+from psvae.errors import CheckpointError
 from psvae.hub.cards import model_card
-from psvae.hub.reading import Source, read_config, read_weights
+from psvae.hub.formats import Format, same
+from psvae.hub.reading import Checkpoint
+from psvae.hub.source import CONFIG, Source
 from psvae.hub.writing import WEIGHT_PATTERNS, write_checkpoint
 
-__all__ = ["HubMixin"]
+__all__ = ["HubMixin", "recognise"]
+
+_log = logging.getLogger("psvae")
 
 
 class HubMixin:
     """Weights in and out, for an ``nn.Module`` built from one `Config`."""
 
     config_class: ClassVar[type[Config]]
+    foreign_formats: ClassVar[tuple[Format, ...]] = ()  # layouts of other projects that `from_pretrained` reads
     config: Any  # the subclass's own Config
 
     @classmethod
@@ -32,24 +39,33 @@ class HubMixin:
         *,
         revision: str | None = None,
         subfolder: str = "",
+        file: str | None = None,
+        variant: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         allow_pickle: bool = False,
+        **fields: Any,
     ) -> Self:
         """Load a saved module, strictly: every key and shape must match. Returned in eval mode.
 
+        Layouts of other projects that the class knows (docs/checkpoints.md) are recognised from ``config.json``
+        and the names in the weights; which one it was is logged under ``psvae``.
+
         Args:
-            repo_or_folder: a folder on disk, or a Hub id such as ``"org/name"``.
+            repo_or_folder: a folder on disk, a weights file, or a Hub id such as ``"org/name"``.
             revision: branch, tag or commit of the Hub repository; only a full commit hash is immutable.
             subfolder: of the folder or repository.
+            file: name of the weights file, where it is not a standard one.
+            variant: such as ``"fp16"``, where the weights file's name carries one.
             dtype: of the floating-point weights, whatever the file holds.
             local_files_only: use the Hub's cache alone; ``HF_HUB_OFFLINE=1`` does the same.
             token, cache_dir: as in huggingface_hub.
             allow_pickle: where there is no safetensors file, read a ``.bin``, ``.pt``, ``.pth`` or ``.ckpt``
                 with PyTorch's restricted unpickler. Off by default: pickles can run code.
+            **fields: fields of the configuration to set over those of the file.
 
         Raises:
             CheckpointError: not found, unreadable, of another class, or with missing, unexpected or
@@ -60,10 +76,19 @@ class HubMixin:
             repo_or_folder, subfolder, revision=revision, local_files_only=local_files_only, token=token,
             cache_dir=cache_dir,
         )  # fmt: skip
-        config = cls.config_class.from_dict(read_config(source, cls.__name__))
+        checkpoint = Checkpoint(source, file=file, variant=variant, allow_pickle=allow_pickle)
+        layout = recognise(cls, checkpoint)
+        values = checkpoint.own_config() if layout is None else layout.read_config(checkpoint.config, checkpoint.header)
+        config = cls.config_class.from_dict({**values, **fields})
         with torch.device("meta"):
             model = cast(Any, cls)(config)
-        weights = read_weights(source, model.state_dict(), dtype=dtype, device=device, allow_pickle=allow_pickle)
+        expected = model.state_dict()
+        if layout is None:
+            rules, ignored = same(list(expected)), ()
+        else:
+            rules, ignored = layout.rules(list(expected), config.to_dict(), checkpoint.header), layout.ignored
+            _log.info("%s is a checkpoint of %s; not needed: %s", source, layout.name, ignored or "nothing")
+        weights = checkpoint.read(expected, rules, ignored=ignored, dtype=dtype, device=device)
         model.load_state_dict(weights, strict=True, assign=True)
         for module in model.modules():
             if hasattr(module, "_fill_constant_buffers"):
@@ -133,3 +158,35 @@ class HubMixin:
                 delete_patterns=WEIGHT_PATTERNS,  # an older single file would be read before new shards
             )
         return str(commit)
+
+
+def recognise(cls: type[HubMixin], checkpoint: Checkpoint) -> Format | None:
+    """The foreign layout of a checkpoint, or None if psvae wrote it for this class. Reads no tensors.
+
+    Raises:
+        CheckpointError: of another class, or of no layout that the class reads.
+    """
+    name, source, config = cls.__name__, checkpoint.source, checkpoint.config
+    saved = None if config is None else config.get("_class")
+    if saved == name:
+        return None
+    if saved is not None:
+        raise CheckpointError(f"{source} holds a {saved}; wanted a {name}: use {saved}.from_pretrained")
+    if not cls.foreign_formats:
+        if config is None:
+            raise CheckpointError(f"{source} has no {CONFIG}; {source.listing()}")
+        raise CheckpointError(f"{source}/{CONFIG} has no '_class': it was not written by psvae's save_pretrained")
+    for layout in cls.foreign_formats:
+        if layout.recognise(config, checkpoint.header):
+            return layout
+    what = "no config.json" if config is None else f"a config.json of {_kind_of(config)}"
+    known = ", ".join(layout.name for layout in cls.foreign_formats)
+    raise CheckpointError(
+        f"{source} has {what} and weights named like {', '.join(list(checkpoint.header)[:3]) or 'nothing'}; "
+        f"{name} reads psvae's own folders and those of {known}"
+    )
+
+
+def _kind_of(config: Mapping[str, Any]) -> str:
+    kinds = (config.get(key) for key in ("_class_name", "model_type", "architecture"))
+    return next((repr(kind) for kind in kinds if isinstance(kind, str)), "an unknown kind")

@@ -1,172 +1,189 @@
-"""Find a checkpoint in a folder or on the Hub, and read it strictly."""
+"""Open a checkpoint, compare every name and shape before reading, and read it strictly."""
 
+import contextlib
+import functools
 import json
-import os
-import re
-from collections.abc import Mapping
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from psvae.errors import CheckpointError
+from psvae.hub.formats import Header, Rule
+from psvae.hub.source import CONFIG, LISTED, Source
 
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Source", "read_config", "read_weights"]
+__all__ = ["INDEX", "WEIGHTS", "Checkpoint"]
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LISTED = 20
+WRAPPERS = ("state_dict", "model")  # under which training scripts put the weights
+PREFIXES = ("module.", "first_stage_model.", "vae.")  # of DDP, of LDM, of a whole pipeline's file
 
 
-class Source:
-    """Where a checkpoint's files come from: a local folder, or a Hub repository through its cache.
+class Checkpoint:
+    """One checkpoint, opened: its configuration and the names and shapes in its weights; tensors are read later.
+
+    Args:
+        file: the weights file, where it has no standard name.
+        variant: such as ``"fp16"`` in ``diffusion_pytorch_model.fp16.safetensors``.
+
+    Attributes:
+        config: the content of ``config.json``, or None where there is none.
+        files: where the tensors are, once `header` is read.
 
     Raises:
-        CheckpointError: neither a folder nor something that can be a Hub id.
+        CheckpointError: absent, unreadable, or a pickle without permission.
     """
 
-    def __init__(self, repo_or_folder: str | os.PathLike[str], subfolder: str, **hub_options: Any) -> None:
-        self.name, self.subfolder, self.hub_options = str(repo_or_folder), subfolder, hub_options
-        self.folder = Path(repo_or_folder) if Path(repo_or_folder).exists() else None
-        if self.folder is None and not _REPO_ID.fullmatch(self.name):
-            raise CheckpointError(f"{self.name!r} is not a folder here, nor a Hub id of the form 'org/name'")
-        if self.folder is not None and not self.folder.is_dir():
-            raise CheckpointError(f"{self.name!r} is a file; wanted the folder that holds {CONFIG} and {WEIGHTS}")
+    def __init__(self, source: Source, *, file: str | None, variant: str | None, allow_pickle: bool) -> None:
+        self.source, self.file, self.variant, self.allow_pickle = source, file or source.file, variant, allow_pickle
+        self.config = _read_json(source)
+        self.files: list[Path] = []
+        self._names: dict[str, tuple[Path, str]] = {}  # cleaned name → (file, name in it)
+        self._pickled: dict[str, Tensor] | None = None
 
-    def __str__(self) -> str:
-        return "/".join(part for part in (self.name, self.subfolder) if part)
+    def own_config(self) -> dict[str, Any]:
+        """The fields of psvae's own ``config.json``."""
+        return {key: value for key, value in (self.config or {}).items() if key != "_class"}
 
-    def find(self, filename: str) -> Path | None:
-        """The local path of a file, fetched if need be; ``None`` if the source does not have it.
+    @functools.cached_property
+    def header(self) -> Header:
+        """Name → shape, of every tensor, without the prefixes that DDP and ``torch.compile`` leave."""
+        self.files = self._find()
+        if self.files and self.files[0].suffix == ".safetensors":
+            shapes = {(path, key): shape for path in self.files for key, shape in _header(path).items()}
+        else:
+            path = self.files[0] if self.files else _find_pickle(self.source)
+            self.files = [path]
+            self._pickled = _read_pickle(path, self.allow_pickle)
+            shapes = {(path, key): tuple(tensor.shape) for key, tensor in self._pickled.items()}
+        clean = _clean_names([key for _, key in shapes])
+        for path, key in shapes:
+            name = clean[key]
+            if name in self._names:
+                raise CheckpointError(f"{self.source} holds {name!r} twice: {self._names[name][1]!r} and {key!r}")
+            self._names[name] = (path, key)
+        return {clean[key]: shape for (_, key), shape in shapes.items()}
+
+    def read(
+        self,
+        expected: Mapping[str, Tensor],
+        rules: Mapping[str, Rule],
+        *,
+        ignored: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> dict[str, Tensor]:
+        """All of our tensors, after comparing every name and shape with ``expected`` (on the meta device).
 
         Raises:
-            CheckpointError: the repository or revision does not exist, or cannot be reached.
+            CheckpointError: names are missing, unexpected or of another shape, in the file's own words.
         """
-        if self.folder is not None:
-            path = self.folder / self.subfolder / filename
-            return path if path.is_file() else None
-        from huggingface_hub import errors, hf_hub_download
+        self._compare(expected, rules, tuple(ignored))
+        with contextlib.ExitStack() as stack:
+            handles: dict[Path, Any] = {}
+            if self._pickled is None:
+                for path in self.files:
+                    handles[path] = stack.enter_context(safe_open(path, framework="pt", device=str(device)))
 
-        where = f"revision {self.hub_options['revision'] or 'main'!r} of {self.name!r}"
+            def fetch(name: str) -> Tensor:
+                path, key = self._names[name]
+                return handles[path].get_tensor(key) if self._pickled is None else self._pickled[key]
+
+            weights = {}
+            for key, rule in rules.items():
+                tensor = rule.load(*map(fetch, rule.theirs))
+                weights[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        return weights
+
+    def _find(self) -> list[Path]:
+        """The safetensors file, or the shards that its index names, or the file that was asked for."""
+        if self.file is not None:
+            path = self.source.find(self.file)
+            if path is None:
+                raise CheckpointError(f"{self.source} has no file {self.file!r}; {self.source.listing()}")
+            return [path]
+        middle = f".{self.variant}" if self.variant else ""
+        for stem in STEMS:
+            path = self.source.find(f"{stem}{middle}.safetensors")
+            if path is not None:
+                return [path]
+            names = [f"{stem}{middle}.safetensors.index.json", f"{stem}.safetensors.index{middle}.json"]
+            index = next((found for found in map(self.source.find, dict.fromkeys(names)) if found), None)
+            if index is not None:
+                return self._shards(index)
+        if self.variant:
+            raise CheckpointError(f"{self.source} has no weights of variant {self.variant!r}; {self.source.listing()}")
+        return []
+
+    def _shards(self, index: Path) -> list[Path]:
         try:
-            path = Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.hub_options))
-        except errors.LocalEntryNotFoundError as error:
-            if filename != CONFIG:
-                return None  # absent from a cached snapshot whose config was found
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            leaves = any(Path(name).name != name for name in names)  # TypeError if a name is no string
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a shard index ({error!r}); save or download it again") from error
+        if leaves:
+            raise CheckpointError(f"{index} names files outside its folder: {names}; it is not to be trusted")
+        shards = {name: self.source.find(name) for name in names}
+        lost = [name for name, shard in shards.items() if shard is None]
+        if lost:
             raise CheckpointError(
-                f"{filename} of {where} is not in the local cache and the Hub cannot be reached: go online once, "
-                "or pass a local folder"
-            ) from error
-        except errors.EntryNotFoundError:
-            return None
-        except errors.GatedRepoError as error:
+                f"{self.source} lacks shards that its index names: {', '.join(lost)}; {self.source.listing()}"
+            )
+        return [shard for shard in shards.values() if shard is not None]
+
+    def _compare(self, expected: Mapping[str, Tensor], rules: Mapping[str, Rule], ignored: tuple[str, ...]) -> None:
+        """One error that lists every difference."""
+        needed = dict.fromkeys(name for rule in rules.values() for name in rule.theirs)
+        missing = [name for name in needed if name not in self.header]
+        unexpected = [name for name in self.header if name not in needed and not name.startswith(ignored or ("\0",))]
+        wrong = []
+        for key, rule in rules.items():
+            if any(name not in self.header for name in rule.theirs):
+                continue
+            found, wanted = [self.header[name] for name in rule.theirs], tuple(expected[key].shape)
+            try:
+                got = tuple(rule.load(*(torch.empty(shape, device="meta") for shape in found)).shape)
+            except (RuntimeError, IndexError, ValueError):
+                got = None
+            if got != wanted:
+                name, shape = (key, "unusable") if not found else (" + ".join(rule.theirs), found[0])
+                wrong.append(f"{name} is {shape if len(found) < 2 else found}, wanted {wanted}")
+        faults = [
+            f"{len(keys)} {kind}: {', '.join(keys[:LISTED])}{' and more' if len(keys) > LISTED else ''}"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
+            if keys
+        ]
+        if faults:
             raise CheckpointError(
-                f"{self.name!r} is gated: accept its terms on its page and run `hf auth login`"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise CheckpointError(f"there is no {where}; check the branch, tag or commit") from error
-        except errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"there is no folder {self.name!r} here and no repository of that name on the Hub, or it is private: "
-                "check the name, or pass token=..."
-            ) from error
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            raise CheckpointError(f"{filename} of {where} could not be fetched: {error}") from error
-        # the rest comes from the same commit, even if the branch moves meanwhile
-        self.hub_options["revision"] = path.parents[len(Path(self.subfolder).parts)].name
-        return path
-
-    def listing(self) -> str:
-        """What is there, for an error message."""
-        if self.folder is None:
-            return f"look at the files of {self.name!r}; without a connection only those in the local cache are seen"
-        names = sorted(path.name for path in (self.folder / self.subfolder).glob("*"))
-        return f"the folder holds {', '.join(names[:_LISTED]) or 'nothing'}"
+                f"the weights of {self.source} do not fit its configuration; nothing was loaded. " + "; ".join(faults)
+            )
 
 
-def read_config(source: Source, class_name: str) -> dict[str, Any]:
-    """The fields of ``config.json``, after checking that it is psvae's and of this class.
-
-    Raises:
-        CheckpointError: absent, not JSON, not psvae's, or of another class.
-    """
+def _read_json(source: Source) -> dict[str, Any] | None:
     path = source.find(CONFIG)
     if path is None:
-        raise CheckpointError(f"{source} has no {CONFIG}; {source.listing()}")
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); save or download it again") from error
-    saved_class = values.pop("_class", None) if isinstance(values, dict) else None
-    if saved_class is None:
+    if not isinstance(values, dict):
         raise CheckpointError(f"{path} has no '_class': it was not written by psvae's save_pretrained")
-    if saved_class != class_name:
-        raise CheckpointError(
-            f"{source} holds a {saved_class}; wanted a {class_name}: use {saved_class}.from_pretrained"
-        )
     return values
-
-
-def read_weights(
-    source: Source,
-    expected: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    allow_pickle: bool,
-) -> dict[str, Tensor]:
-    """All tensors of the checkpoint, after comparing every key and shape with ``expected``.
-
-    Raises:
-        CheckpointError: see `HubMixin.from_pretrained`.
-    """
-    files = _weight_files(source)
-    if files:
-        shapes = {key: (path, shape) for path in files for key, shape in _header(path).items()}
-        _compare(source, {key: shape for key, (_, shape) in shapes.items()}, expected)
-        tensors: dict[str, Tensor] = {}
-        for path in files:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    else:
-        tensors = _read_pickle(source, allow_pickle)
-        _compare(source, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
-    return {
-        key: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        for key, tensor in tensors.items()
-    }
-
-
-def _weight_files(source: Source) -> list[Path]:
-    """The safetensors file, or the shards that the index names; empty if there is neither."""
-    path = source.find(WEIGHTS)
-    if path is not None:
-        return [path]
-    index = source.find(INDEX)
-    if index is None:
-        return []
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        leaves = any(Path(name).name != name for name in names)  # TypeError if a name is no string
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index ({error!r}); save or download it again") from error
-    if leaves:
-        raise CheckpointError(f"{index} names files outside its folder: {names}; it is not to be trusted")
-    shards = {name: source.find(name) for name in names}
-    lost = [name for name, shard in shards.items() if shard is None]
-    if lost:
-        raise CheckpointError(f"{source} lacks shards that its index names: {', '.join(lost)}; {source.listing()}")
-    return [shard for shard in shards.values() if shard is not None]
 
 
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, without reading its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         raise CheckpointError(
@@ -175,11 +192,24 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def _read_pickle(source: Source, allowed: bool) -> dict[str, Tensor]:
-    candidates = [f"pytorch_model{ending}" for ending in PICKLES] + [f"model{ending}" for ending in PICKLES]
+def _clean_names(names: Sequence[str]) -> dict[str, str]:
+    """Without ``_orig_mod.`` anywhere, and without a prefix that every name has."""
+    clean = {name: name.replace("_orig_mod.", "") for name in names}
+    for prefix in PREFIXES:
+        if clean and all(name.startswith(prefix) for name in clean.values()):
+            clean = {key: name.removeprefix(prefix) for key, name in clean.items()}
+    return clean
+
+
+def _find_pickle(source: Source) -> Path:
+    candidates = [f"{stem}{ending}" for stem in ("pytorch_model", *STEMS) for ending in PICKLES]
     path = next((found for found in map(source.find, candidates) if found), None)
     if path is None:
         raise CheckpointError(f"{source} has no {WEIGHTS} (nor {INDEX} with shards); {source.listing()}")
+    return path
+
+
+def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
     if not allowed:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when read; wanted {WEIGHTS}. If you trust its author, pass "
@@ -188,29 +218,24 @@ def _read_pickle(source: Source, allowed: bool) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError... by the fault
-        raise CheckpointError(f"{path} could not be read with the restricted unpickler: {error}") from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
+        raise CheckpointError(
+            f"{path} could not be read with the restricted unpickler{_wishes(path, error)}: {error}"
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
     plain = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     if not plain:
         raise CheckpointError(f"{path} does not hold a plain state dict of tensors")
     return content
 
 
-def _compare(source: Source, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
-    """One error that lists every difference."""
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    wrong = [
-        f"{key} is {shape}, wanted {tuple(expected[key].shape)}"
-        for key, shape in found.items()
-        if key in expected and shape != tuple(expected[key].shape)
-    ]
-    faults = [
-        f"{len(keys)} {kind}: {', '.join(keys[:_LISTED])}{' and more' if len(keys) > _LISTED else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-        if keys
-    ]
-    if faults:
-        raise CheckpointError(
-            f"the weights of {source} do not fit its configuration; nothing was loaded. " + "; ".join(faults)
-        )
+def _wishes(path: Path, error: Exception) -> str:
+    """What a refused pickle wanted to import."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    try:
+        wanted = get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the file is not even a torch archive
+        return ""
+    return f" (it asks for {', '.join(wanted)}, which is code)" if wanted else ""

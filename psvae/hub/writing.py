@@ -16,7 +16,8 @@ from torch import Tensor
 
 from psvae.errors import CheckpointError
 from psvae.hub.cards import MARK
-from psvae.hub.reading import CONFIG, INDEX, WEIGHTS
+from psvae.hub.reading import INDEX, WEIGHTS
+from psvae.hub.source import CONFIG
 
 __all__ = ["WEIGHT_PATTERNS", "write_checkpoint"]
 

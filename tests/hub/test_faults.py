@@ -50,12 +50,14 @@ def refusal(folder: Path | str, module: Any = PixelDecoder, **options: Any) -> s
 
 def test_no_such_folder_and_no_possible_hub_id(tmp_path: Path) -> None:
     message = refusal(tmp_path / "absent")
-    assert f"'{tmp_path}/absent' is not a folder here, nor a Hub id of the form 'org/name'" in message
+    assert f"'{tmp_path}/absent' is not a folder or file here, nor a Hub id of the form 'org/name'" in message
 
 
-def test_a_file_instead_of_its_folder(saved: Path) -> None:
-    message = refusal(saved / WEIGHTS)
-    assert "is a file; wanted the folder that holds config.json and model.safetensors" in message
+def test_a_path_to_the_weights_file_is_as_good_as_its_folder(saved: Path) -> None:
+    assert_same(PixelDecoder.from_pretrained(saved / WEIGHTS), tiny_decoder())
+    (saved / WEIGHTS).rename(saved / "best.safetensors")
+    assert_same(PixelDecoder.from_pretrained(saved, file="best.safetensors"), tiny_decoder())
+    assert "has no file 'worst.safetensors'; the folder holds" in refusal(saved, file="worst.safetensors")
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Where a checkpoint's files come from: a folder, one file, or the Hub through its cache."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from psvae.errors import CheckpointError
+
+__all__ = ["CONFIG", "LISTED", "Source"]
+
+CONFIG = "config.json"
+LISTED = 20  # names in one error message
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Source:
+    """A local folder or file, or a Hub repository.
+
+    Attributes:
+        file: the name of the one file that was asked for, if a path to a file came.
+
+    Raises:
+        CheckpointError: nothing is there, and it cannot be a Hub id.
+    """
+
+    def __init__(self, repo_or_folder: str | os.PathLike[str], subfolder: str, **hub_options: Any) -> None:
+        self.name, self.subfolder, self.hub_options = str(repo_or_folder), subfolder, hub_options
+        path = Path(repo_or_folder)
+        self.file = path.name if path.is_file() else None
+        self.folder = path.parent if path.is_file() else path if path.is_dir() else None
+        if self.folder is None and not _REPO_ID.fullmatch(self.name):
+            raise CheckpointError(f"{self.name!r} is not a folder or file here, nor a Hub id of the form 'org/name'")
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.name, self.subfolder) if part)
+
+    def find(self, filename: str) -> Path | None:
+        """The local path of a file, fetched if need be; ``None`` if the source does not have it.
+
+        Raises:
+            CheckpointError: the repository or revision does not exist, or cannot be reached.
+        """
+        if self.folder is not None:
+            path = self.folder / self.subfolder / filename
+            return path if path.is_file() else None
+        from huggingface_hub import errors, hf_hub_download
+
+        where = f"revision {self.hub_options['revision'] or 'main'!r} of {self.name!r}"
+        try:
+            path = Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.hub_options))
+        except errors.LocalEntryNotFoundError as error:
+            if filename != CONFIG:
+                return None  # absent from a cached snapshot whose config was found
+            raise CheckpointError(
+                f"{filename} of {where} is not in the local cache and the Hub cannot be reached: go online once, "
+                "or pass a local folder"
+            ) from error
+        except errors.EntryNotFoundError:
+            return None
+        except errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{self.name!r} is gated: accept its terms on its page and run `hf auth login`"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(f"there is no {where}; check the branch, tag or commit") from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"there is no folder {self.name!r} here and no repository of that name on the Hub, or it is private: "
+                "check the name, or pass token=..."
+            ) from error
+        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+            raise CheckpointError(f"{filename} of {where} could not be fetched: {error}") from error
+        # the rest comes from the same commit, even if the branch moves meanwhile
+        self.hub_options["revision"] = path.parents[len(Path(self.subfolder).parts)].name
+        return path
+
+    def listing(self) -> str:
+        """What is there, for an error message."""
+        if self.folder is None:
+            return f"look at the files of {self.name!r}; without a connection only those in the local cache are seen"
+        names = sorted(path.name for path in (self.folder / self.subfolder).glob("*"))
+        return f"the folder holds {', '.join(names[:LISTED]) or 'nothing'}"
