@@ -17,6 +17,9 @@ _HOME = {
     "PSVAE": "psvae.autoencoders",
     "PSVAEConfig": "psvae.autoencoders",
     "PSVAEOutput": "psvae.autoencoders",
+    "PixelVAE": "psvae.autoencoders",
+    "PixelVAEConfig": "psvae.autoencoders",
+    "PixelVAEOutput": "psvae.autoencoders",
     "SemanticEncoder": "psvae.encoders",
     "SemanticEncoderConfig": "psvae.encoders",
     "SemanticVAE": "psvae.vae",
@@ -35,6 +38,9 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from psvae import losses as losses
     from psvae.autoencoders import PSVAE as PSVAE
+    from psvae.autoencoders import PixelVAE as PixelVAE
+    from psvae.autoencoders import PixelVAEConfig as PixelVAEConfig
+    from psvae.autoencoders import PixelVAEOutput as PixelVAEOutput
     from psvae.autoencoders import PSVAEConfig as PSVAEConfig
     from psvae.autoencoders import PSVAEOutput as PSVAEOutput
     from psvae.decoders import PixelDecoder as PixelDecoder

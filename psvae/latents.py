@@ -106,8 +106,10 @@ class LatentSpec(nn.Module):
         channels: Z.
         stride: pixels of the image per latent cell, on each axis.
         grid: ``None`` for statistics per channel, or (h, w) for statistics per element at that grid.
+        applied_by: ``"encode"``: the model's encode applies them and its decode undoes them, so callers scale by
+            1 and shift by 0 (`PSVAE`). ``"caller"``: encode gives raw latents, and `normalize` is the
+            caller's to call (`PixelVAE`, which keeps AutoencoderKL's meaning).
 
-    `PSVAE.encode` applies them and `PSVAE.decode` undoes them, so SD-style callers scale by 1 and shift by 0.
     The buffers ``mean`` and ``std`` (``Z 1 1`` or ``Z h w``) start as 0 and 1;
     `fit_latent_statistics` fills them.
     """
@@ -115,9 +117,15 @@ class LatentSpec(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int, stride: int, grid: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        stride: int,
+        grid: tuple[int, int] | None = None,
+        applied_by: Literal["encode", "caller"] = "encode",
+    ) -> None:
         super().__init__()
-        self.channels, self.stride, self.grid = channels, stride, grid
+        self.channels, self.stride, self.grid, self.applied_by = channels, stride, grid, applied_by
         shape = (channels, *(grid or (1, 1)))
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
@@ -147,7 +155,7 @@ class LatentSpec(nn.Module):
 
     def extra_repr(self) -> str:
         kind = "per channel" if self.grid is None else f"per element at {self.grid[0]}x{self.grid[1]}"
-        return f"channels={self.channels}, stride={self.stride}, statistics={kind}"
+        return f"channels={self.channels}, stride={self.stride}, statistics={kind}, applied by {self.applied_by}"
 
 
 @runtime_checkable
@@ -190,8 +198,9 @@ def fit_latent_statistics(
     count, mean, m2, noise = 0, *(torch.zeros_like(old_mean) for _ in range(3))
     for images in batches:
         posterior = vae.encode(images).latent_dist
-        raw = posterior.mean.cpu().double() * old_std + old_mean
-        var = posterior.var.cpu().double() * old_std.square()
+        raw, var = posterior.mean.cpu().double(), posterior.var.cpu().double()
+        if spec.applied_by == "encode":
+            raw, var = raw * old_std + old_mean, var * old_std.square()
         size = raw.numel() // mean.numel()
         batch_mean = raw.mean(over, keepdim=True)[0]
         batch_m2 = (raw - batch_mean).square().sum(over, keepdim=True)[0]

@@ -16,7 +16,7 @@ MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)],
 
 # Rooms by the names of their modules under psvae, and what each may see besides itself.
 VOCABULARY = {"shapes", "errors", "config", "latents"}
-HUB = {"hub.mixin", "hub.formats", "hub.source", "hub.reading", "hub.writing", "hub.cards", "hub.keymaps"}
+HUB = {f"hub.{name}" for name in ("mixin", "formats", "source", "reading", "writing", "exporting", "cards", "keymaps")}
 LOW = VOCABULARY | HUB | {"nn"}
 NOUNS = {"encoders", "vae", "decoders", "alignment", "generators"}
 ALLOWED = {
@@ -43,6 +43,9 @@ PUBLIC = [
     "PSVAEOutput",
     "PixelDecoder",
     "PixelDecoderConfig",
+    "PixelVAE",
+    "PixelVAEConfig",
+    "PixelVAEOutput",
     "SemanticEncoder",
     "SemanticEncoderConfig",
     "SemanticVAE",

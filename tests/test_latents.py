@@ -220,7 +220,7 @@ def test_statistics_per_element_need_their_grid() -> None:
 
 
 def test_what_a_spec_says_of_itself() -> None:
-    assert repr(spec()) == "LatentSpec(channels=8, stride=8, statistics=per channel)"
+    assert repr(spec()) == "LatentSpec(channels=8, stride=8, statistics=per channel, applied by encode)"
     assert "per element at 4x5" in repr(spec((4, 5)))
 
 

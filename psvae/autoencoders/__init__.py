@@ -1,6 +1,16 @@
 """image ↔ latent: the Stable-Diffusion-style face."""
 
-from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
+from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PixelVAEOutput, PSVAEOutput
+from psvae.autoencoders.pixel_vae import PixelVAE, PixelVAEConfig
 from psvae.autoencoders.psvae import PSVAE, PSVAEConfig
 
-__all__ = ["PSVAE", "DecoderOutput", "EncoderOutput", "PSVAEConfig", "PSVAEOutput"]
+__all__ = [
+    "PSVAE",
+    "DecoderOutput",
+    "EncoderOutput",
+    "PSVAEConfig",
+    "PSVAEOutput",
+    "PixelVAE",
+    "PixelVAEConfig",
+    "PixelVAEOutput",
+]

@@ -1,4 +1,4 @@
-"""What `PSVAE` returns: named tuples that also answer to ``output["name"]``, as SD-style callers expect.
+"""What `PSVAE` and `PixelVAE` return: named tuples that also answer to ``output["name"]``, as SD-style callers expect.
 
 Tuples of tensors are what DDP, FSDP, ``torch.compile`` and ``torch.export`` look inside.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psvae.latents import DiagonalGaussian
 
-__all__ = ["DecoderOutput", "EncoderOutput", "PSVAEOutput"]
+__all__ = ["DecoderOutput", "EncoderOutput", "PSVAEOutput", "PixelVAEOutput"]
 
 
 def _item(self: tuple, key: Any) -> Any:
@@ -55,3 +55,24 @@ class PSVAEOutput(NamedTuple):
     def posterior(self) -> DiagonalGaussian:
         """The raw posterior, the one that the KL term regularises."""
         return DiagonalGaussian.point(self.latents) if self.parameters is None else DiagonalGaussian(self.parameters)
+
+
+class PixelVAEOutput(NamedTuple):
+    """Everything a loss needs, from one forward of `PixelVAE`.
+
+    Attributes:
+        sample: reconstructed images ``B C H W``.
+        latents: ``B Z h w``, raw.
+        parameters: ``B 2Z h w``, mean and log-variance of the posterior.
+    """
+
+    sample: Tensor
+    latents: Tensor
+    parameters: Tensor
+
+    __getitem__ = _item
+
+    @property
+    def posterior(self) -> DiagonalGaussian:
+        """The posterior that the KL term regularises."""
+        return DiagonalGaussian(self.parameters)

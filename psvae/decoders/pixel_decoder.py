@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from psvae.config import Config
 from psvae.hub.mixin import HubMixin
-from psvae.nn.conv import ResidualBlock, SpatialAttention, Upsample, silu
+from psvae.nn.conv import MiddleBlock, ResidualBlock, SpatialAttention, Upsample, silu
 from psvae.shapes import Images, Latents, check_map
 
 __all__ = ["PixelDecoder", "PixelDecoderConfig"]
@@ -28,6 +28,7 @@ class PixelDecoderConfig(Config):
         channel_multipliers: width of each level over the base, fine to coarse, as LDM writes ``ch_mult``.
         num_res_blocks: of the encoder it mirrors; each decoder level has one more.
         attention_levels: how many of the coarsest levels attend after each block (LDM f16: 1).
+        middle_attention: whether the middle attends.
         norm_groups, norm_eps: of every GroupNorm.
     """
 
@@ -37,6 +38,7 @@ class PixelDecoderConfig(Config):
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
     attention_levels: int = 1
+    middle_attention: bool = True
     norm_groups: int = 32
     norm_eps: float = 1e-6
 
@@ -80,7 +82,7 @@ class PixelDecoder(nn.Module, HubMixin):
         groups, eps = config.norm_groups, config.norm_eps
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.middle = MiddleBlock(widths[-1], groups, eps)
+        self.middle = MiddleBlock(widths[-1], groups, eps, config.middle_attention)
         self.levels = nn.ModuleList()
         width = widths[-1]
         for index in reversed(range(len(widths))):
@@ -115,19 +117,6 @@ class PixelDecoder(nn.Module, HubMixin):
 
     def extra_repr(self) -> str:
         return f"Z={self.config.latent_channels}, stride={self.config.stride}"
-
-
-class MiddleBlock(nn.Module):
-    """Residual block, attention, residual block, at the latent's resolution."""
-
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.block1 = ResidualBlock(channels, channels, groups, eps)
-        self.attention = SpatialAttention(channels, groups, eps)
-        self.block2 = ResidualBlock(channels, channels, groups, eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block2(self.attention(self.block1(x)))
 
 
 class DecoderLevel(nn.Module):

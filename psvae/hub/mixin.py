@@ -87,7 +87,8 @@ class HubMixin:
             rules, ignored = same(list(expected)), ()
         else:
             rules, ignored = layout.rules(list(expected), config.to_dict(), checkpoint.header), layout.ignored
-            _log.info("%s is a checkpoint of %s; not needed: %s", source, layout.name, ignored or "nothing")
+            left_out = layout.left_out(checkpoint.header, rules)
+            _log.info("%s is a checkpoint of %s; not needed: %s", source, layout.name, left_out or "nothing")
         weights = checkpoint.read(expected, rules, ignored=ignored, dtype=dtype, device=device)
         model.load_state_dict(weights, strict=True, assign=True)
         for module in model.modules():

@@ -22,18 +22,25 @@ from psvae.hub.source import CONFIG
 __all__ = ["WEIGHT_PATTERNS", "write_checkpoint"]
 
 WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-_SHARD = re.compile(r"model-([0-9a-f]{8}-)?\d{5}-of-\d{5}\.safetensors")
 _STAGING = ".saving"
 
 
 def write_checkpoint(
-    folder: Path, config: dict[str, Any], state: Mapping[str, Tensor], card: str, max_shard_size: str | int
+    folder: Path,
+    config: dict[str, Any],
+    state: Mapping[str, Tensor],
+    card: str,
+    max_shard_size: str | int,
+    stem: str = "model",
 ) -> None:
     """Write everything under ``folder/.saving``, flush it to the disk, then move it into place.
 
     Until the last move of the weights a reader sees the old checkpoint whole: a single file is replaced in
     one step, and new shards have new names until their index is replaced in one step.
     ``config.json`` follows: only over a checkpoint of another configuration is there an instant between the two.
+
+    Args:
+        stem: of the weights files' names: ``diffusion_pytorch_model`` for diffusers.
 
     Raises:
         CheckpointError: anything could not be written, or the weights are sharded (FSDP); the old checkpoint is as
@@ -53,11 +60,11 @@ def write_checkpoint(
             raise NotADirectoryError(f"{folder} is a file")
         shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
         staging.mkdir(parents=True)
-        before = _weights_in(folder)
-        _stage_weights(staging, tensors, max_shard_size, before)
+        before = _weights_in(folder, stem)
+        _stage_weights(staging, tensors, max_shard_size, before, stem)
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         readme = folder / "README.md"
-        if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
+        if card and (not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace")):
             (staging / readme.name).write_text(card, encoding="utf-8")
         staged = sorted(staging.iterdir(), key=lambda path: (path.suffix != ".safetensors", path.name == CONFIG))
         for path in staged:
@@ -79,25 +86,28 @@ def write_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _stage_weights(staging: Path, tensors: dict[str, Tensor], max_shard_size: str | int, before: set[str]) -> None:
+def _stage_weights(
+    staging: Path, tensors: dict[str, Tensor], max_shard_size: str | int, before: set[str], stem: str
+) -> None:
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        tensors, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
     names = {name: name for name in plan.filename_to_tensors}
     if plan.is_sharded and before & set(names):  # a name in use would be overwritten before the index is
         token = uuid.uuid4().hex[:8]
-        names = {name: name.replace("model-", f"model-{token}-") for name in names}
+        names = {name: name.replace(f"{stem}-", f"{stem}-{token}-") for name in names}
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: tensors[key] for key in keys}, staging / names[name], metadata={"format": "pt"})
     if plan.is_sharded:
         weight_map = {key: names[name] for key, name in plan.tensor_to_filename.items()}
         index = {"metadata": plan.metadata, "weight_map": weight_map}
-        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staging / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _weights_in(folder: Path) -> set[str]:
+def _weights_in(folder: Path, stem: str) -> set[str]:
     """Names of the weight files that are there, also the shards of a save that was killed before its index."""
-    return {path.name for path in folder.iterdir() if path.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)}
+    ours = re.compile(rf"{stem}(-([0-9a-f]{{8}}-)?\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    return {path.name for path in folder.iterdir() if ours.fullmatch(path.name)}
 
 
 def _flush(path: Path) -> None:

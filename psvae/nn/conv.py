@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from psvae.nn.attention import attention
 
-__all__ = ["ResidualBlock", "SpatialAttention", "Upsample", "silu"]
+__all__ = ["Downsample", "MiddleBlock", "ResidualBlock", "SpatialAttention", "Upsample", "silu"]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -57,3 +57,27 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """3×3 convolution of stride 2, padded below and to the right alone, as LDM does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class MiddleBlock(nn.Module):
+    """Residual block, attention (or none), residual block, at the latent's resolution."""
+
+    def __init__(self, channels: int, groups: int, eps: float, attends: bool) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels, groups, eps)
+        self.attention = SpatialAttention(channels, groups, eps) if attends else nn.Identity()
+        self.block2 = ResidualBlock(channels, channels, groups, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(self.attention(self.block1(x)))

@@ -1,0 +1,44 @@
+"""Write a module in another project's layout, by the key map that reads it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from psvae.config import Config
+from psvae.errors import CheckpointError
+from psvae.hub.formats import Format
+from psvae.hub.writing import write_checkpoint
+
+__all__ = ["export"]
+
+
+def export(
+    module: Any,
+    layout: Format,
+    folder: str | os.PathLike[str],
+    *,
+    config: Config | None = None,
+    stem: str = "model",
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Write ``config.json`` and weights as ``layout`` has them, atomically.
+
+    Args:
+        module: a psvae module whose class reads ``layout``.
+        config: written instead of the module's own, where the layout keeps more in it than ours does.
+        stem: of the weights files' names.
+
+    Raises:
+        CheckpointError: the layout cannot hold this module, or the folder cannot be written.
+    """
+    if layout.write_config is None:
+        raise CheckpointError(f"psvae reads {layout.name} and does not write it")
+    fields = (module.config if config is None else config).to_dict()
+    state = module.state_dict()
+    theirs: dict[str, Tensor] = {}
+    for key, rule in layout.rules(list(state), fields, {}).items():
+        theirs |= rule.save(rule.theirs, state[key])
+    values = layout.write_config(fields)
+    write_checkpoint(Path(folder), values, theirs, "", max_shard_size, stem)
