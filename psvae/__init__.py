@@ -29,6 +29,7 @@ _HOME = {
     "DiagonalGaussian": "psvae.latents",
     "LatentSpec": "psvae.latents",
     "fit_latent_statistics": "psvae.latents",
+    "load_latent_statistics": "psvae.hub.statistics",
     "PSVAEError": "psvae.errors",
     "losses": "psvae.losses",
 }
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from psvae.encoders import SemanticEncoder as SemanticEncoder
     from psvae.encoders import SemanticEncoderConfig as SemanticEncoderConfig
     from psvae.errors import PSVAEError as PSVAEError
+    from psvae.hub.statistics import load_latent_statistics as load_latent_statistics
     from psvae.latents import DiagonalGaussian as DiagonalGaussian
     from psvae.latents import LatentSpec as LatentSpec
     from psvae.latents import fit_latent_statistics as fit_latent_statistics

@@ -16,12 +16,15 @@ from psvae import (
     PSVAE,
     PixelDecoder,
     PixelDecoderConfig,
+    PixelVAE,
+    PixelVAEConfig,
     PSVAEConfig,
     SemanticEncoder,
     SemanticEncoderConfig,
     SemanticVAE,
     SemanticVAEConfig,
 )
+from psvae.encoders import PixelEncoderConfig
 
 STRIDE, FEATURE_DIM, LATENT_CHANNELS = 8, 48, 8
 
@@ -93,6 +96,14 @@ PSVAE_VARIANTS = {
 }
 
 
+def tiny_pixel_vae_config(**fields: Any) -> PixelVAEConfig:
+    """SD's architecture in small: stride 8, Z = 8, no attention but the middle's."""
+    shape = {"latent_channels": 8, "base_channels": 16, "channel_multipliers": (1, 1, 2, 2), "norm_groups": 8}
+    shape |= {"num_res_blocks": 1, "attention_levels": 0}
+    default = {"encoder": PixelEncoderConfig(**shape), "decoder": PixelDecoderConfig(**shape), "sample_size": 32}
+    return PixelVAEConfig(**{**default, **fields})
+
+
 def build(module_class: type[M], config: Any, seed: int = 0) -> M:
     """``module_class(config)`` in eval mode, with initial weights drawn under ``seed``."""
     with torch.random.fork_rng(devices=[]):
@@ -110,6 +121,10 @@ def tiny_vae(**fields: Any) -> SemanticVAE:
 
 def tiny_decoder(**fields: Any) -> PixelDecoder:
     return build(PixelDecoder, tiny_decoder_config(**fields))
+
+
+def tiny_pixel_vae(**fields: Any) -> PixelVAE:
+    return build(PixelVAE, tiny_pixel_vae_config(**fields))
 
 
 def tiny_psvae(variant: str = "psvae", **fields: Any) -> PSVAE:

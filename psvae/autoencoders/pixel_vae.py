@@ -239,7 +239,8 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
                 raise CheckpointError(
                     f"AutoencoderKL cannot hold statistics per element (grid {spec.grid}); wanted none"
                 )
-            config = config.replace(latents_mean=spec.mean.flatten().tolist(), latents_std=spec.std.flatten().tolist())
+            mean, std = _decimals(config.latents_mean, spec.mean), _decimals(config.latents_std, spec.std)
+            config = config.replace(latents_mean=mean, latents_std=std)
         export(
             self, AUTOENCODER_KL, folder, config=config, stem="diffusion_pytorch_model", max_shard_size=max_shard_size
         )
@@ -256,3 +257,9 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
 
     def extra_repr(self) -> str:
         return f"Z={self.config.latent_channels}, stride={self.config.spatial_compression_ratio}"
+
+
+def _decimals(written: tuple[float, ...] | None, buffer: Tensor) -> tuple[float, ...]:
+    """The numbers of a buffer, as they were written where they still are the same in fp32."""
+    values = buffer.float().flatten().tolist()
+    return written if written is not None and torch.tensor(written).tolist() == values else tuple(values)

@@ -17,7 +17,7 @@ from psvae.errors import CheckpointError
 from psvae.hub.formats import Header, Rule
 from psvae.hub.source import CONFIG, LISTED, Source
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint"]
+__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "read_pickle"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
@@ -61,7 +61,7 @@ class Checkpoint:
         else:
             path = self.files[0] if self.files else _find_pickle(self.source)
             self.files = [path]
-            self._pickled = _read_pickle(path, self.allow_pickle)
+            self._pickled = _read_state_dict(path, self.allow_pickle)
             shapes = {(path, key): tuple(tensor.shape) for key, tensor in self._pickled.items()}
         clean = _clean_names([key for _, key in shapes])
         for path, key in shapes:
@@ -209,18 +209,8 @@ def _find_pickle(source: Source) -> Path:
     return path
 
 
-def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
-    if not allowed:
-        raise CheckpointError(
-            f"{path} is a pickle, which can run code when read; wanted {WEIGHTS}. If you trust its author, pass "
-            "allow_pickle=True: it is then read with PyTorch's restricted unpickler"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError... by the fault
-        raise CheckpointError(
-            f"{path} could not be read with the restricted unpickler{_wishes(path, error)}: {error}"
-        ) from error
+def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
+    content = read_pickle(path, allowed)
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -228,6 +218,25 @@ def _read_pickle(path: Path, allowed: bool) -> dict[str, Tensor]:
     if not plain:
         raise CheckpointError(f"{path} does not hold a plain state dict of tensors")
     return content
+
+
+def read_pickle(path: Path, allowed: bool) -> Any:
+    """What a pickle holds, by PyTorch's restricted unpickler.
+
+    Raises:
+        CheckpointError: not allowed, damaged, or holding code.
+    """
+    if not allowed:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code when read; wanted safetensors. If you trust its author, pass "
+            "allow_pickle=True: it is then read with PyTorch's restricted unpickler"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError... by the fault
+        raise CheckpointError(
+            f"{path} could not be read with the restricted unpickler{_wishes(path, error)}: {error}"
+        ) from error
 
 
 def _wishes(path: Path, error: Exception) -> str:

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.tiny import tiny_decoder, tiny_encoder, tiny_psvae, tiny_vae
+from tests.tiny import tiny_decoder, tiny_encoder, tiny_pixel_vae, tiny_psvae, tiny_vae
 
 BUILDERS = {
     "SemanticEncoder": tiny_encoder,
     "SemanticVAE": tiny_vae,
     "PixelDecoder": tiny_decoder,
     "PSVAE": tiny_psvae,
+    "PixelVAE": tiny_pixel_vae,
 }
 
 

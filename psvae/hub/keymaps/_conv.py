@@ -16,7 +16,7 @@ ATTENTION = ("q", "k", "v", "proj")  # our names of the four projections
 
 def as_linear(weight: Tensor) -> Tensor:
     """A 1×1 convolution's weight as a linear layer's."""
-    return weight[..., 0, 0] if weight.ndim == 4 and weight.shape[2:] == (1, 1) else weight
+    return weight.flatten(1) if set(weight.shape[2:]) == {1} else weight
 
 
 def as_conv(names: tuple[str, ...], tensor: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,123 @@
+"""Latent statistics as other projects keep them, read into a `LatentSpec`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from psvae.errors import CheckpointError
+from psvae.hub.reading import read_pickle
+from psvae.latents import LatentSpec
+
+__all__ = ["RAE_EPS", "load_latent_statistics", "read_statistics"]
+
+RAE_EPS = 1e-5  # RAE: (z − mean) / √(var + ε)
+_LAYOUTS = {
+    "RAE": {"mean", "var"},
+    "LightningDiT": {"mean", "std"},
+    "REPA-E": {"latents_scale", "latents_bias"},
+}
+
+
+def load_latent_statistics(
+    spec: LatentSpec, file: str | os.PathLike[str], *, eps: float = RAE_EPS, allow_pickle: bool = False
+) -> str:
+    """Fill ``spec.mean`` and ``spec.std`` from a statistics file of RAE, LightningDiT or REPA-E.
+
+    Args:
+        spec: the model's ``latent_spec``; per channel or per element, as the file is.
+        file: ``.safetensors``, or a pickle where ``allow_pickle``.
+        eps: RAE's ε, added once, to the variance; the other layouts need none.
+
+    Returns:
+        The layout that was recognised: ``"RAE"``, ``"LightningDiT"`` or ``"REPA-E"``.
+
+    Raises:
+        CheckpointError: unreadable, a mixture of layouts, of another shape, or not positive and finite.
+    """
+    layout, mean, std = read_statistics(file, eps=eps, allow_pickle=allow_pickle)
+    wanted = tuple(spec.mean.shape)
+    if tuple(std.shape) != wanted:
+        grid = tuple(std.shape[1:])
+        field = "statistics_grid=None" if grid == (1, 1) else f"statistics_grid={grid}"
+        raise CheckpointError(
+            f"{file} holds statistics of shape {tuple(std.shape)}; the model wants {wanted}: build it with {field} and "
+            f"{std.shape[0]} latent channels, or choose the file that belongs to it"
+        )
+    with torch.no_grad():
+        spec.mean.copy_(mean)
+        spec.std.copy_(std)
+    return layout
+
+
+def read_statistics(
+    file: str | os.PathLike[str], *, eps: float = RAE_EPS, allow_pickle: bool = False
+) -> tuple[str, Tensor, Tensor]:
+    """(layout, mean, std) of a statistics file; mean and std are ``Z 1 1`` or ``Z h w``, in fp32.
+
+    Raises:
+        CheckpointError: as `load_latent_statistics`.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise CheckpointError(f"there is no statistics file {str(path)!r}")
+    content = _load(path, allow_pickle)
+    names = set(content)
+    layout = next((layout for layout, keys in _LAYOUTS.items() if names == keys), None)
+    if layout is None and names == {"var"}:  # RAE's released file has no mean
+        layout = "RAE"
+    if layout is None:
+        known = "; ".join(f"{layout} {sorted(keys)}" for layout, keys in _LAYOUTS.items())
+        raise CheckpointError(f"{path} holds {sorted(map(str, names))}; wanted exactly one of: {known}")
+    if layout == "REPA-E":
+        mean, std = content["latents_bias"], content["latents_scale"]
+    else:
+        mean, std = content.get("mean"), content["var" if layout == "RAE" else "std"]
+    std = _as_map(path, std)
+    if not (std.isfinite().all() and (std >= 0).all()):
+        raise CheckpointError(f"{path} holds a negative or non-finite spread; wanted positive numbers")
+    if layout == "RAE":
+        std = (std + eps).sqrt()
+    elif not (std > 0).all():
+        raise CheckpointError(f"{path} holds a spread of 0; wanted positive numbers")
+    elif layout == "REPA-E":
+        std = 1.0 / std
+    mean = torch.zeros_like(std) if mean is None else _as_map(path, mean)
+    if mean.shape != std.shape or not mean.isfinite().all():
+        raise CheckpointError(
+            f"{path} holds a mean of shape {tuple(mean.shape)} and a spread of {tuple(std.shape)}; wanted "
+            "one finite shape"
+        )
+    return layout, mean, std
+
+
+def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file ({error}); download it again") from error
+    content = read_pickle(path, allow_pickle)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; wanted a dict of mean and variance")
+    return content
+
+
+def _as_map(path: Path, values: Any) -> Tensor:
+    """``Z``, ``Z h w`` or ``1 Z h w`` → ``Z h w`` in fp32."""
+    if not isinstance(values, Tensor):
+        raise CheckpointError(f"{path} holds a {type(values).__name__} where a tensor was wanted")
+    shape = tuple(values.shape)
+    values = values.float()
+    if values.ndim == 4 and shape[0] == 1:
+        values = values[0]
+    if values.ndim == 1:
+        values = values[:, None, None]
+    if values.ndim != 3 or 0 in shape:
+        raise CheckpointError(f"{path} holds statistics of shape {shape}; wanted (Z,), (Z, h, w) or (1, Z, h, w)")
+    return values
