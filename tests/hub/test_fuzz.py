@@ -1,4 +1,4 @@
-"""Damaged headers and configurations of every layout: our error or a correct load, never a traceback from deep inside."""
+"""Damaged headers and configurations of every layout: our error or a correct load, never a deep traceback."""
 
 import json
 import shutil
