@@ -34,6 +34,13 @@ _HOME = {
     "losses": "psvae.losses",
 }
 
+# Faces for other libraries, under the names that diffusers' pipelines write; they need psvae[diffusers].
+_INTEGRATIONS = {
+    "AutoencoderPSVAE": "psvae.integrations.diffusers",
+    "AutoencoderPixelVAE": "psvae.integrations.diffusers",
+    "ModelMixin": "psvae.integrations.diffusers",  # pipelines look it up beside the class that they load
+}
+
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -50,6 +57,8 @@ if TYPE_CHECKING:
     from psvae.encoders import SemanticEncoderConfig as SemanticEncoderConfig
     from psvae.errors import PSVAEError as PSVAEError
     from psvae.hub.statistics import load_latent_statistics as load_latent_statistics
+    from psvae.integrations.diffusers import AutoencoderPixelVAE as AutoencoderPixelVAE
+    from psvae.integrations.diffusers import AutoencoderPSVAE as AutoencoderPSVAE
     from psvae.latents import DiagonalGaussian as DiagonalGaussian
     from psvae.latents import LatentSpec as LatentSpec
     from psvae.latents import fit_latent_statistics as fit_latent_statistics
@@ -58,10 +67,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    home = _HOME.get(name) or _INTEGRATIONS.get(name)
+    if home is None:
         raise AttributeError(f"module 'psvae' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
-    module = importlib.import_module(_HOME[name])
-    return module if _HOME[name] == f"psvae.{name}" else getattr(module, name)
+    module = importlib.import_module(home)
+    return module if home == f"psvae.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

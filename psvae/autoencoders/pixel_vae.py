@@ -18,6 +18,7 @@ from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.exporting import export
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.keymaps.ldm import LDM
+from psvae.hub.keymaps.own import AUTOENCODER_PIXEL_VAE
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian, LatentSpec
 from psvae.shapes import Images, Latents, check_map
@@ -147,7 +148,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
     """
 
     config_class = PixelVAEConfig
-    foreign_formats = (AUTOENCODER_KL, LDM)
+    foreign_formats = (AUTOENCODER_PIXEL_VAE, AUTOENCODER_KL, LDM)
 
     def __init__(self, config: PixelVAEConfig) -> None:
         super().__init__()

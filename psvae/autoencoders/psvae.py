@@ -15,6 +15,7 @@ from psvae.config import Config
 from psvae.decoders import PixelDecoder, PixelDecoderConfig, Tiling, decode_tiled
 from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
 from psvae.errors import ConfigError
+from psvae.hub.keymaps.own import AUTOENCODER_PSVAE
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian, LatentSpec
 from psvae.shapes import Features, Images, Latents, check_map
@@ -156,6 +157,7 @@ class PSVAE(nn.Module, HubMixin):
     """
 
     config_class = PSVAEConfig
+    foreign_formats = (AUTOENCODER_PSVAE,)
 
     def __init__(self, config: PSVAEConfig, encoder: SemanticEncoder | None = None) -> None:
         super().__init__()
