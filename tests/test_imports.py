@@ -26,6 +26,7 @@ ALLOWED = {
     "losses": VOCABULARY,
     "flow": VOCABULARY,
     "autoencoders": LOW | NOUNS,
+    "adapt": VOCABULARY,
     "integrations": LOW | NOUNS | {"autoencoders"},
 }
 # Third-party imports that only one file may make, at its top or inside a function.

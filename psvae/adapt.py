@@ -1,0 +1,136 @@
+"""Fit a generator to another latent: its shape, and new first and last layers for a DiT.
+
+The rest of the weights stay, and the model has to be trained again: a latent is not a drop-in.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from psvae.errors import ConfigError, ShapeError
+
+__all__ = ["latent_shape", "resize_latent_io"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def latent_shape(vae: Any, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """(Z, h, w) of the latent of an image: what stands for ``4, size // 8, size // 8`` in code written for SD.
+
+    Args:
+        vae: `PSVAE`, `PixelVAE`, or any diffusers VAE with ``config.latent_channels``.
+        image_size: pixels, one side of a square or (height, width).
+
+    Raises:
+        ShapeError: not a multiple of the stride.
+        ConfigError: the configuration does not tell channels and stride.
+    """
+    config = vae.config
+    channels = getattr(config, "latent_channels", None)
+    stride = getattr(config, "spatial_compression_ratio", None)
+    if stride is None and getattr(config, "block_out_channels", None):
+        stride = 2 ** (len(config.block_out_channels) - 1)  # what diffusers' pipelines compute
+    if channels is None or stride is None:
+        raise ConfigError(
+            f"the configuration of {type(vae).__name__} has no latent_channels, or neither spatial_compression_ratio "
+            "nor block_out_channels; wanted a VAE that names them"
+        )
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    for side in (height, width):
+        if side < stride or side % stride:
+            near = max(stride, round(side / stride) * stride)
+            raise ShapeError(f"an image side is {side}; wanted a multiple of the stride {stride}, nearest {near}")
+    return channels, height // stride, width // stride
+
+
+@torch.no_grad()
+def resize_latent_io(model: M, channels: int, patch_size: int) -> M:
+    """Give a DiT-like model a new patch embedding and output layer for latents of ``channels``, in place.
+
+    Works on diffusers' DiT, PixArt, SD3 and Flux transformers and on any DiT with the names ``x_embedder`` and
+    ``final_layer`` (DiT, SiT, REPA, LightningDiT). The grid of tokens stays, so position tables do too: a model of
+    32×32 latents in patches of 2 becomes one of 16×16 latents in patches of 1. Flux gets its latents packed by its
+    pipeline: ``patch_size=2`` is what that pipeline packs.
+
+    The new embedding is Xavier-uniform and the new output layer zero, as in DiT (Peebles and Xie 2023); every other
+    weight stays. A learned variance stays learned: the output has as many times ``channels`` as it had.
+
+    Args:
+        model: changed in place, and returned.
+        channels: Z.
+        patch_size: latent cells per token, on each axis.
+
+    Raises:
+        ConfigError: the model has other layers, or a number is below 1.
+    """
+    if channels < 1 or patch_size < 1:
+        raise ConfigError(f"channels {channels} and patch_size {patch_size} came; wanted both at least 1")
+    parts: Any = model
+    embedder = getattr(parts, "x_embedder", getattr(parts, "pos_embed", None))
+    if isinstance(embedder, nn.Linear) and isinstance(getattr(parts, "proj_out", None), nn.Linear):
+        _resize_packed(parts, channels, patch_size)
+    elif isinstance(getattr(embedder, "proj", None), nn.Conv2d) and _output_layer(parts) is not None:
+        _resize_patches(parts, embedder, channels, patch_size)
+    else:
+        raise ConfigError(
+            f"{type(model).__name__} has no layers that psvae knows; wanted an x_embedder or pos_embed with a "
+            "convolution 'proj' and final_layer.linear, proj_out or proj_out_2 (DiT, PixArt, SD3, SiT, LightningDiT), "
+            "or a linear x_embedder and proj_out (Flux)"
+        )
+    return model
+
+
+def _resize_patches(model: Any, embedder: Any, channels: int, patch: int) -> None:
+    old = embedder.proj
+    old_channels, old_patch = old.in_channels, old.kernel_size[0]
+    owner, name = _output_layer(model)  # type: ignore[misc]  (checked by the caller)
+    linear = getattr(owner, name)
+    times = linear.out_features // (old_patch**2 * old_channels)  # 2 where the variance is learned
+    embedder.proj = nn.Conv2d(channels, old.out_channels, patch, patch, bias=old.bias is not None).to(old.weight)
+    _initialise(embedder.proj)
+    setattr(owner, name, _zero_linear(linear, patch**2 * times * channels))
+    is_pair = isinstance(embedder.patch_size, tuple)  # timm's embedding keeps pairs, and the size that it checks
+    embedder.patch_size = (patch, patch) if is_pair else patch
+    if getattr(embedder, "img_size", None) is not None:
+        embedder.img_size = tuple(side * patch for side in embedder.grid_size)
+    sizes = {"in_channels": channels, "out_channels": times * channels, "patch_size": patch}
+    if hasattr(embedder, "height"):  # diffusers
+        sizes["sample_size"] = embedder.height * patch
+    _tell(model, sizes)
+
+
+def _resize_packed(model: Any, channels: int, patch: int) -> None:
+    old, width = model.x_embedder, channels * patch**2
+    model.x_embedder = nn.Linear(width, old.out_features, bias=old.bias is not None).to(old.weight)
+    _initialise(model.x_embedder)
+    model.proj_out = _zero_linear(model.proj_out, width)
+    _tell(model, {"in_channels": width, "out_channels": width})
+
+
+def _output_layer(model: Any) -> tuple[Any, str] | None:
+    """(owner, attribute) of the last linear layer."""
+    places = ((getattr(model, "final_layer", None), "linear"), (model, "proj_out_2"), (model, "proj_out"))
+    return next((place for place in places if isinstance(getattr(*place, None), nn.Linear)), None)
+
+
+def _initialise(layer: nn.Conv2d | nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _zero_linear(old: nn.Linear, out_features: int) -> nn.Linear:
+    new = nn.Linear(old.in_features, out_features, bias=old.bias is not None).to(old.weight)
+    for parameter in new.parameters():
+        nn.init.zeros_(parameter)
+    return new
+
+
+def _tell(model: Any, sizes: dict[str, int]) -> None:
+    """Attributes and configuration that repeat the sizes."""
+    for name, size in sizes.items():
+        if isinstance(model.__dict__.get(name), int):
+            setattr(model, name, size)
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**{name: size for name, size in sizes.items() if name in model.config})
