@@ -145,10 +145,8 @@ def main() -> None:
     transformer = train_dit(vae, crops, accelerator, options.steps)
     if not accelerator.is_main_process:
         return
-    labels = dict(enumerate(name.replace(",", " ") for name in crops.classes))
-    pipeline = DiTPipeline(
-        transformer.cpu(), AutoencoderPSVAE.from_psvae(vae.cpu()), DDIMScheduler(clip_sample=False), labels
-    )
+    codec = AutoencoderPSVAE.from_psvae(vae.cpu())
+    pipeline = DiTPipeline(transformer.cpu(), codec, DDIMScheduler(clip_sample=False))
     pipeline.save_pretrained(options.output / "pipeline")
     pipeline = DiffusionPipeline.from_pretrained(options.output / "pipeline")  # whole, from the disk
     shown = list(range(min(5, len(crops.classes))))
