@@ -26,6 +26,8 @@ _HOME = {
     "SemanticVAEConfig": "psvae.vae",
     "PixelDecoder": "psvae.decoders",
     "PixelDecoderConfig": "psvae.decoders",
+    "ViTPixelDecoder": "psvae.decoders",
+    "ViTPixelDecoderConfig": "psvae.decoders",
     "DiagonalGaussian": "psvae.latents",
     "LatentSpec": "psvae.latents",
     "fit_latent_statistics": "psvae.latents",
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from psvae.autoencoders import PSVAEOutput as PSVAEOutput
     from psvae.decoders import PixelDecoder as PixelDecoder
     from psvae.decoders import PixelDecoderConfig as PixelDecoderConfig
+    from psvae.decoders import ViTPixelDecoder as ViTPixelDecoder
+    from psvae.decoders import ViTPixelDecoderConfig as ViTPixelDecoderConfig
     from psvae.encoders import SemanticEncoder as SemanticEncoder
     from psvae.encoders import SemanticEncoderConfig as SemanticEncoderConfig
     from psvae.errors import PSVAEError as PSVAEError

@@ -53,6 +53,8 @@ PUBLIC = [
     "SemanticEncoderConfig",
     "SemanticVAE",
     "SemanticVAEConfig",
+    "ViTPixelDecoder",
+    "ViTPixelDecoderConfig",
     "__version__",
     "fit_latent_statistics",
     "load_latent_statistics",
