@@ -77,13 +77,24 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _likely_first(options: tuple[Any, ...], value: Any) -> list[Any]:
+    """Of several configurations, first the one whose fields the keys of ``value`` fit best."""
+
+    def strangers(option: Any) -> int:
+        if not (isinstance(value, Mapping) and isinstance(option, type) and issubclass(option, Config)):
+            return 0
+        return len(set(value) - {field.name for field in dataclasses.fields(option)})
+
+    return sorted(options, key=strangers)
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """``value`` as the annotation ``hint`` wants it, or a `ConfigError` that names the field ``where``."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        for option in options:
+        for option in _likely_first(options, value):
             try:
                 return _coerce(value, option, where)
             except ConfigError as error:

@@ -44,7 +44,7 @@ class AutoencoderFace:
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Decode images larger than a tile tile by tile. Encoding is never tiled.
+        """Decode images larger than a tile tile by tile. Encoding is never tiled: every token attends to all.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels; ``config.sample_size``.
@@ -64,6 +64,12 @@ class AutoencoderFace:
         tile = [size or self.config.sample_size for size in (tile_sample_min_height, tile_sample_min_width)]
         step = [size or max(stride, side * 3 // 4) for size, side in zip(asked, tile, strict=True)]
         cells = [max(1, size // stride) for size in (*tile, *step)]
+        grid = getattr(self.decoder.config, "grid", None)  # a ViT decoder takes one grid alone
+        if grid not in (None, (cells[0], cells[1])):
+            wanted = " x ".join(str(side * stride) for side in grid)
+            raise ConfigError(
+                f"tiling asks for tiles of {tile[0]} x {tile[1]} pixels; this decoder paints {wanted} alone"
+            )
         self.use_tiling, self.tiling = True, Tiling((cells[0], cells[1]), (cells[2], cells[3]))
 
     def disable_tiling(self) -> None:

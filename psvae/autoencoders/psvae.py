@@ -10,9 +10,10 @@ from typing import Literal, Self
 import torch
 from torch import Generator, Tensor, nn
 
+from psvae.autoencoders.face import AutoencoderFace
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
 from psvae.config import Config
-from psvae.decoders import PixelDecoder, PixelDecoderConfig, Tiling, decode_tiled
+from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig, decode_tiled
 from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
 from psvae.errors import ConfigError
 from psvae.hub.keymaps.own import AUTOENCODER_PSVAE
@@ -29,27 +30,30 @@ class PSVAEConfig(Config):
     """The three modules and how they are wired.
 
     Attributes:
-        encoder, vae, decoder: their configurations. ``vae=None`` makes the features themselves the latents:
-            RAE with a frozen encoder, RAE-HD (section 5.4) with a trained one.
+        encoder, vae, decoder: their configurations; the decoder convolutional or RAE's ViT. ``vae=None`` makes the
+            features themselves the latents: RAE with a frozen encoder, RAE-HD (section 5.4) with a trained one.
         decoder_reads: ``"latents"`` (the paper), or ``"features"``: the semantic decoder's output, the
             "D_Pixel on D_Semantic" variant of Table 5.
+        latent_noise: τ of RAE: in training, `PSVAE.forward` adds noise of a standard deviation drawn from
+            [0, τ] for each item to the raw latents (RAE: 0.8), so that the decoder forgives a generator's errors.
         statistics_grid: ``None`` for latent statistics per channel, (h, w) for per element at that grid.
         sample_size: the image size the model was trained at; also the tile size of `enable_tiling`.
     """
 
     encoder: SemanticEncoderConfig = field(default_factory=SemanticEncoderConfig)
     vae: SemanticVAEConfig | None = field(default_factory=SemanticVAEConfig)
-    decoder: PixelDecoderConfig = field(default_factory=PixelDecoderConfig)
+    decoder: PixelDecoderConfig | ViTPixelDecoderConfig = field(default_factory=PixelDecoderConfig)
     decoder_reads: Literal["latents", "features"] = "latents"
+    latent_noise: float = 0.0
     statistics_grid: tuple[int, int] | None = None
     sample_size: int = 256
 
     def validate(self) -> None:
-        stride, levels = self.encoder.stride, len(self.decoder.channel_multipliers)
+        stride = self.encoder.stride
         if self.decoder.stride != stride:
             raise ConfigError(
-                f"the encoder has stride {stride} and the decoder {self.decoder.stride} ({levels} levels); wanted the "
-                "same: channel_multipliers needs log2(stride) + 1 entries"
+                f"the encoder has stride {stride} and the decoder {self.decoder.stride}; wanted the same: a conv "
+                "decoder's channel_multipliers needs log2(stride) + 1 entries, a ViT decoder's patch_size is its stride"
             )
         if self.vae is None:
             self.require(self.decoder_reads == "latents", "decoder_reads", "'latents' where there is no SemanticVAE")
@@ -60,8 +64,14 @@ class PSVAEConfig(Config):
                     f"the decoder takes {self.decoder.latent_channels} channels and reads {self.decoder_reads} of "
                     f"{reads}; wanted the same: set decoder.latent_channels"
                 )
+        self.require(self.latent_noise >= 0, "latent_noise", "0 or a positive number")
         fits = self.sample_size >= stride and self.sample_size % stride == 0
         self.require(fits, "sample_size", f"a multiple of the stride {stride}")
+        if isinstance(self.decoder, ViTPixelDecoderConfig):
+            side = self.sample_size // stride
+            self.require(
+                self.decoder.grid == (side, side), "sample_size", f"that of the decoder's grid {self.decoder.grid}"
+            )
         self.require(min(self.statistics_grid or (1,)) >= 1, "statistics_grid", "None or two numbers of at least 1")
 
     @classmethod
@@ -102,6 +112,8 @@ class PSVAEConfig(Config):
     @property
     def block_out_channels(self) -> tuple[int, ...]:
         """Width of each decoder level; callers take the stride from its length, 2 ** (len − 1)."""
+        if isinstance(self.decoder, ViTPixelDecoderConfig):
+            return (self.decoder.width,) * self.decoder.stride.bit_length()
         return tuple(self.decoder.base_channels * m for m in self.decoder.channel_multipliers)
 
     encoder_block_out_channels = block_out_channels
@@ -140,7 +152,7 @@ class PSVAEConfig(Config):
         return False
 
 
-class PSVAE(nn.Module, HubMixin):
+class PSVAE(nn.Module, AutoencoderFace, HubMixin):
     """Images ``B 3 H W`` in [-1, 1] ↔ normalised latents ``B Z h w``, h = H / stride, w = W / stride.
 
     `encode` returns latents normalised by the statistics in ``latent_spec`` and `decode` undoes it, so callers
@@ -152,7 +164,7 @@ class PSVAE(nn.Module, HubMixin):
         encoder: used instead of a fresh one; `from_encoder` also keeps the configuration in step with it.
 
     Attributes:
-        encoder: `SemanticEncoder`. vae: `SemanticVAE` or None. decoder: `PixelDecoder`.
+        encoder: `SemanticEncoder`. vae: `SemanticVAE` or None. decoder: `PixelDecoder` or `ViTPixelDecoder`.
         latent_spec: `LatentSpec`.
     """
 
@@ -164,7 +176,10 @@ class PSVAE(nn.Module, HubMixin):
         self.config = config
         self.encoder = SemanticEncoder(config.encoder) if encoder is None else encoder
         self.vae = None if config.vae is None else SemanticVAE(config.vae)
-        self.decoder = PixelDecoder(config.decoder)
+        if isinstance(config.decoder, ViTPixelDecoderConfig):
+            self.decoder = ViTPixelDecoder(config.decoder)
+        else:
+            self.decoder = PixelDecoder(config.decoder)
         self.latent_spec = LatentSpec(config.latent_channels, config.encoder.stride, config.statistics_grid)
         wanted = config.decoder.latent_channels if config.vae is None else config.vae.feature_dim
         if self.encoder.feature_dim != wanted:
@@ -172,9 +187,6 @@ class PSVAE(nn.Module, HubMixin):
             raise ConfigError(
                 f"{config.encoder.name!r} has features of width {self.encoder.feature_dim}; {field_name} is {wanted}"
             )
-        self.use_slicing = False
-        self.use_tiling = False
-        self.tiling: Tiling | None = None
 
     @classmethod
     def from_encoder(cls, encoder: SemanticEncoder, config: PSVAEConfig) -> Self:
@@ -219,6 +231,8 @@ class PSVAE(nn.Module, HubMixin):
             posterior = DiagonalGaussian(parameters)
             latents = posterior.sample(generator) if sample_posterior else posterior.mode()
             rebuilt = self.vae.decoder(latents)
+        if self.training and self.config.latent_noise > 0:
+            latents = _add_noise(latents, self.config.latent_noise, generator)
         source = latents if rebuilt is None or self.config.decoder_reads == "latents" else rebuilt
         image = self.decoder(source.detach() if detach_latents else source)
         return PSVAEOutput(image, features, rebuilt, latents, parameters) if return_dict else (image,)
@@ -271,57 +285,6 @@ class PSVAE(nn.Module, HubMixin):
             return decode_tiled(self.decoder, source, self.config.encoder.stride, self.tiling)
         return self.decoder(source)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the decoder's weights."""
-        return self.decoder.conv_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the decoder's weights."""
-        return self.decoder.conv_in.weight.device
-
-    def enable_slicing(self) -> None:
-        """Encode and decode a batch one item at a time."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        """Whole batches again."""
-        self.use_slicing = False
-
-    def enable_tiling(
-        self,
-        tile_sample_min_height: int | None = None,
-        tile_sample_min_width: int | None = None,
-        tile_sample_stride_height: int | None = None,
-        tile_sample_stride_width: int | None = None,
-    ) -> None:
-        """Decode images larger than a tile tile by tile. Encoding is never tiled: every token attends to all.
-
-        Args:
-            tile_sample_min_height, tile_sample_min_width: size of a tile in pixels; ``config.sample_size``.
-            tile_sample_stride_height, tile_sample_stride_width: step between tiles in pixels; 3/4 of a tile.
-
-        Raises:
-            ConfigError: a size is not a multiple of the stride, or a step is longer than its tile.
-        """
-        stride = self.config.encoder.stride
-        asked = (tile_sample_stride_height, tile_sample_stride_width)
-        for size in (tile_sample_min_height, tile_sample_min_width, *asked):
-            if size is not None and (size < stride or size % stride):
-                near = max(stride, round(size / stride) * stride)
-                raise ConfigError(
-                    f"tiling asks for {size} pixels; wanted a multiple of the stride {stride}, nearest {near}"
-                )
-        tile = [size or self.config.sample_size for size in (tile_sample_min_height, tile_sample_min_width)]
-        step = [size or max(stride, side * 3 // 4) for size, side in zip(asked, tile, strict=True)]
-        cells = [max(1, size // stride) for size in (*tile, *step)]
-        self.use_tiling, self.tiling = True, Tiling((cells[0], cells[1]), (cells[2], cells[3]))
-
-    def disable_tiling(self) -> None:
-        """Whole images again."""
-        self.use_tiling = False
-
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training, in all three modules."""
         for part in (self.encoder, self.vae, self.decoder):
@@ -337,3 +300,12 @@ class PSVAE(nn.Module, HubMixin):
     def extra_repr(self) -> str:
         config = self.config
         return f"Z={config.latent_channels}, stride={config.encoder.stride}, decoder_reads={config.decoder_reads!r}"
+
+
+def _add_noise(latents: Latents, tau: float, generator: Generator | list[Generator] | None) -> Latents:
+    """z + σε with σ ~ U(0, τ), one σ per item (RAE, noise-augmented decoding)."""
+    noise = DiagonalGaussian(torch.zeros_like(latents).repeat(1, 2, 1, 1)).sample(generator)
+    first = generator[0] if isinstance(generator, list) else generator
+    where = latents.device if first is None else first.device
+    sigma = tau * torch.rand(len(latents), 1, 1, 1, generator=first, device=where)
+    return latents + sigma.to(latents) * noise
