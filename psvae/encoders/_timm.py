@@ -8,18 +8,20 @@ norm has weights) is set here.
 import copy
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from psvae.errors import CheckpointError, ConfigError, MissingDependencyError
 
-__all__ = ["build_vit", "fill_constant_buffers", "published_statistics"]
+__all__ = ["TIMM_POSITIONS", "build_vit", "fill_constant_buffers", "fitting_arguments", "published_statistics"]
 
 RGB = tuple[float, float, float]
+TIMM_POSITIONS = ("bicubic", True, 0.0)  # mode, antialias, offset
 
 
 def import_timm() -> Any:
@@ -42,6 +44,8 @@ def build_vit(
     final_norm: Literal["plain", "affine", "none"],
     position_mode: str,
     position_antialias: bool,
+    position_offset: float = 0.0,
+    norm_eps: float | None = None,
     pretrained: bool = False,
     file: str | None = None,
 ) -> Any:
@@ -83,7 +87,11 @@ def build_vit(
     if not -depth <= layer < depth:
         raise ConfigError(f"SemanticEncoderConfig.layer is {layer}; wanted {-depth} to {depth - 1} for {name!r}")
     vit.blocks = vit.blocks[: layer % depth + 1]
-    _configure_positions(vit, name, position_mode, position_antialias)
+    _configure_positions(vit, name, position_mode, position_antialias, position_offset)
+    if norm_eps is not None:
+        for module in vit.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
     if final_norm == "none":
         vit.norm = nn.Identity()
     elif not isinstance(vit.norm, nn.LayerNorm):
@@ -96,21 +104,21 @@ def build_vit(
     return vit
 
 
-def _configure_positions(vit: Any, name: str, mode: str, antialias: bool) -> None:
-    """Resize the learned position table as configured; timm's own choice is bicubic with antialias."""
-    if (mode, antialias) == ("bicubic", True):
+def _configure_positions(vit: Any, name: str, mode: str, antialias: bool, offset: float) -> None:
+    """Resize the learned position table as configured; timm's own choice is bicubic with antialias, no offset."""
+    if (mode, antialias, offset) == TIMM_POSITIONS:
         return
     from timm.models.vision_transformer import VisionTransformer
 
     if type(vit) not in (VisionTransformer,) or vit.pos_embed is None:
         raise ConfigError(
-            f"position_mode={mode!r}, position_antialias={antialias} came for {name!r}, which has no learned "
-            "position table to resize; leave them at 'bicubic' and True"
+            f"position_mode={mode!r}, position_antialias={antialias}, position_offset={offset} came for {name!r}, "
+            "which has no learned position table to resize; leave them at 'bicubic', True and 0"
         )
     from psvae.encoders._positions import ConfiguredPositions  # imports timm
 
     vit.__class__ = ConfiguredPositions
-    vit.position_mode, vit.position_antialias = mode, antialias
+    vit.position_mode, vit.position_antialias, vit.position_offset = mode, antialias, offset
 
 
 def fill_constant_buffers(model: nn.Module, device: torch.device | str) -> None:
@@ -121,6 +129,27 @@ def fill_constant_buffers(model: nn.Module, device: torch.device | str) -> None:
             module.register_buffer(name, torch.empty_like(module.get_buffer(name), device=device), persistent=False)
         if unfilled:
             cast(Any, module)._init_buffers()  # timm's hook for exactly this
+
+
+def fitting_arguments(
+    name: str, model_args: dict[str, Any], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], float]:
+    """The arguments with which timm's own ``create_model`` builds exactly the tensors of ``state``, and its norms' eps.
+
+    Raises:
+        ConfigError: it builds others, whatever the pooling and the final norm.
+    """
+    timm = import_timm()
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    for extra in ({}, {"global_pool": ""}, {"final_norm": False}, {"global_pool": "", "final_norm": False}):
+        try:
+            with torch.device("meta"):
+                vit = timm.create_model(name, num_classes=0, **copy.deepcopy(model_args), **extra)
+        except TypeError:  # timm's Eva has no final_norm
+            continue
+        if {key: tuple(tensor.shape) for key, tensor in vit.state_dict().items()} == wanted:
+            return {**model_args, **extra}, vit.blocks[0].norm1.eps
+    raise ConfigError(f"timm's {name!r} has other tensors than this encoder: it cannot be exported under that name")
 
 
 def published_statistics(name: str) -> tuple[RGB, RGB]:

@@ -1,6 +1,7 @@
 """SemanticEncoder: image → features, by a pretrained Vision Transformer (paper, section 3.3, E_V)."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psvae.config import Config
+from psvae.encoders._export import timm_export, transformers_export
 from psvae.encoders._timm import build_vit, fill_constant_buffers, published_statistics
 from psvae.errors import ConfigError
+from psvae.hub.exporting import export
+from psvae.hub.keymaps.encoders_meta import META_DINOV2
+from psvae.hub.keymaps.encoders_timm import TIMM
+from psvae.hub.keymaps.encoders_transformers import TRANSFORMERS
 from psvae.hub.mixin import HubMixin
 from psvae.shapes import Features, Images, check_images
 
@@ -38,6 +44,9 @@ class SemanticEncoderConfig(Config):
         layer: which block's output, negative from the end; later blocks are left out.
         final_norm: ``"plain"`` (LayerNorm without weights, RAE), ``"affine"`` (the encoder's own) or ``"none"``.
         position_mode, position_antialias: how a learned position table follows the grid.
+        position_offset: added to the grid's height and width before they are divided by the table's. Meta's DINOv2
+            without registers: 0.1.
+        norm_eps: of every LayerNorm; None is the architecture's own.
     """
 
     name: str = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -51,11 +60,15 @@ class SemanticEncoderConfig(Config):
     final_norm: Literal["plain", "affine", "none"] = "plain"
     position_mode: Literal["bicubic", "bilinear"] = "bicubic"
     position_antialias: bool = True
+    position_offset: float = 0.0
+    norm_eps: float | None = None
 
     def validate(self) -> None:
         self.require(bool(self.name), "name", "a timm model name")
         self.require(self.stride >= 1, "stride", "at least 1")
         self.require(min(self.std) > 0, "std", "three positive numbers")
+        self.require(0 <= self.position_offset < 1, "position_offset", "0 up to but not including 1")
+        self.require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", "a positive number or None")
         try:
             json.dumps(self.model_args, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -80,7 +93,11 @@ class SemanticEncoder(nn.Module, HubMixin):
     """Images ``B 3 H W`` in [-1, 1] → features ``B D h w``, h = H / stride, w = W / stride.
 
     Any H and W that are multiples of the stride, rectangles too. Class and register tokens are dropped.
-    Built without weights; `from_timm` brings the published ones.
+    Built without weights; `from_timm` brings the published ones. `from_pretrained` also reads folders of timm and
+    of transformers (DINOv2 with and without registers, DINOv3, SigLIP, SigLIP 2, ViT-MAE) and Meta's DINOv2 files.
+    Of those, positions, activation, eps, mean and std are the originating library's; the stride becomes 16
+    for patch 14 and the patch otherwise, and the final norm stays ``"plain"`` unless
+    ``from_pretrained(..., final_norm="affine")`` asks for the file's own.
 
     Args:
         config: see `SemanticEncoderConfig`.
@@ -91,6 +108,7 @@ class SemanticEncoder(nn.Module, HubMixin):
     """
 
     config_class = SemanticEncoderConfig
+    foreign_formats = (TIMM, *TRANSFORMERS.values(), META_DINOV2)
     mean: Tensor
     std: Tensor
 
@@ -163,6 +181,34 @@ class SemanticEncoder(nn.Module, HubMixin):
             images = F.interpolate(images.float(), size, mode=mode, antialias=antialias).to(images.dtype)
         return (images * 0.5 + 0.5 - self.mean) / self.std
 
+    def export_timm(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
+        """Write a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads.
+
+        A plain final norm is written as weight 1 and bias 0; blocks that ``layer`` cut off are not written. timm
+        takes images of its own size, normalised by ``mean`` and ``std``: the resize from the stride stays here.
+
+        Raises:
+            ConfigError: timm's class of that name cannot hold these tensors.
+            CheckpointError: the folder cannot be written.
+        """
+        config, state = timm_export(self)
+        export(self, TIMM, folder, config=config, state=state, max_shard_size=max_shard_size)
+
+    def export_transformers(self, folder: str | os.PathLike[str], *, max_shard_size: str | int = "5GB") -> None:
+        """Write a folder that ``transformers.AutoModel.from_pretrained(folder)`` loads.
+
+        DINOv2 with and without registers, DINOv3, SigLIP (without its pooling head) and ViT-MAE. A plain final norm
+        is written as weight 1 and bias 0; blocks that ``layer`` cut off are not written. The names are those of
+        the published files, which every version writes and reads. No image processor is written: its resize is
+        not this encoder's.
+
+        Raises:
+            ConfigError: transformers has no model of this architecture.
+            CheckpointError: the folder cannot be written.
+        """
+        family, config, state = transformers_export(self)
+        export(self, TRANSFORMERS[family], folder, config=config, state=state, max_shard_size=max_shard_size)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the blocks in backward instead of keeping their activations."""
         self.vit.set_grad_checkpointing(True)
@@ -185,6 +231,8 @@ def _choices(config: SemanticEncoderConfig) -> dict[str, Any]:
         "final_norm": config.final_norm,
         "position_mode": config.position_mode,
         "position_antialias": config.position_antialias,
+        "position_offset": config.position_offset,
+        "norm_eps": config.norm_eps,
     }
 
 

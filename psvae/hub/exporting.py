@@ -1,6 +1,7 @@
 """Write a module in another project's layout, by the key map that reads it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     config: Config | None = None,
+    state: Mapping[str, Tensor] | None = None,
     stem: str = "model",
     max_shard_size: str | int = "5GB",
 ) -> None:
@@ -28,6 +30,7 @@ def export(
     Args:
         module: a psvae module whose class reads ``layout``.
         config: written instead of the module's own, where the layout keeps more in it than ours does.
+        state: written instead of the module's own tensors, where the layout has some that ours does without.
         stem: of the weights files' names.
 
     Raises:
@@ -36,9 +39,9 @@ def export(
     if layout.write_config is None:
         raise CheckpointError(f"psvae reads {layout.name} and does not write it")
     fields = (module.config if config is None else config).to_dict()
-    state = module.state_dict()
+    tensors: Mapping[str, Tensor] = module.state_dict() if state is None else state
     theirs: dict[str, Tensor] = {}
-    for key, rule in layout.rules(list(state), fields, {}).items():
-        theirs |= rule.save(rule.theirs, state[key])
+    for key, rule in layout.rules(list(tensors), fields, {}).items():
+        theirs |= rule.save(rule.theirs, tensors[key])
     values = layout.write_config(fields)
     write_checkpoint(Path(folder), values, theirs, "", max_shard_size, stem)

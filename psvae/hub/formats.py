@@ -54,7 +54,8 @@ class Format:
         recognise: is it this layout?
         read_config: the fields of our configuration.
         rules: (our keys, our configuration as a dict, their header) → a `Rule` for each key.
-        ignored: beginnings of their names that are known and not needed: losses, heads.
+        ignored: beginnings of their names that are known and not needed: losses, heads. A function of our
+            configuration and their header where the configuration decides: blocks after the last one kept.
         write_config: our configuration as a dict → theirs; None where nothing writes this layout.
     """
 
@@ -62,14 +63,18 @@ class Format:
     recognise: Callable[[Json | None, Header], bool]
     read_config: Callable[[Json | None, Header], dict[str, Any]]
     rules: Callable[[Sequence[str], Json, Header], dict[str, Rule]]
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] | Callable[[Json, Header], tuple[str, ...]] = ()
     write_config: Callable[[Json], dict[str, Any]] | None = None
 
     def needed(self, rules: Mapping[str, Rule]) -> list[str]:
         """Their names that the rules read, once each."""
         return list(dict.fromkeys(name for rule in rules.values() for name in rule.theirs))
 
-    def left_out(self, header: Header, rules: Mapping[str, Rule]) -> list[str]:
+    def unneeded(self, config: Json, header: Header) -> tuple[str, ...]:
+        """Beginnings of their names that our configuration does not need."""
+        return self.ignored if isinstance(self.ignored, tuple) else self.ignored(config, header)
+
+    def left_out(self, header: Header, rules: Mapping[str, Rule], config: Json | None = None) -> list[str]:
         """Their names that are known and not needed."""
-        needed = set(self.needed(rules))
-        return [name for name in header if name not in needed and name.startswith(self.ignored or ("\0",))]
+        needed, ignored = set(self.needed(rules)), self.unneeded(config or {}, header)
+        return [name for name in header if name not in needed and name.startswith(ignored or ("\0",))]

@@ -86,8 +86,9 @@ class HubMixin:
         if layout is None:
             rules, ignored = same(list(expected)), ()
         else:
-            rules, ignored = layout.rules(list(expected), config.to_dict(), checkpoint.header), layout.ignored
-            left_out = layout.left_out(checkpoint.header, rules)
+            ours, header = config.to_dict(), checkpoint.header
+            rules, ignored = layout.rules(list(expected), ours, header), layout.unneeded(ours, header)
+            left_out = layout.left_out(header, rules, ours)
             _log.info("%s is a checkpoint of %s; not needed: %s", source, layout.name, left_out or "nothing")
         weights = checkpoint.read(expected, rules, ignored=ignored, dtype=dtype, device=device)
         model.load_state_dict(weights, strict=True, assign=True)
