@@ -21,7 +21,7 @@ NOUNS = {"encoders", "vae", "decoders", "alignment", "generators"}
 ALLOWED = {
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "nn": VOCABULARY,
-    "hub": VOCABULARY,
+    "hub": VOCABULARY | {"nn"},
     **dict.fromkeys(NOUNS, LOW),
     "losses": VOCABULARY,
     "flow": VOCABULARY,

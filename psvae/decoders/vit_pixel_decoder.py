@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from psvae.config import Config
 from psvae.errors import ShapeError
+from psvae.hub.keymaps.rae import RAE_DECODER
 from psvae.hub.mixin import HubMixin
+from psvae.nn.positions import sincos_positions
 from psvae.nn.transformer import TransformerBlock, init_linear
 from psvae.shapes import Images, Latents, check_map
 
@@ -84,11 +85,15 @@ class ViTPixelDecoderConfig(Config):
 class ViTPixelDecoder(nn.Module, HubMixin):
     """Latents ``B Z h w`` → images ``B 3 H W``, nominally in [-1, 1], never clamped. One grid only, ``config.grid``.
 
+    `from_pretrained` also reads RAE's decoder files; heads follow from the width there, or are passed as
+    ``num_heads=``, and ``output_mean=``, ``output_std=`` where the encoder is not normalised by ImageNet's.
+
     Attributes:
         positions: ``1 1+N width``, part of the state dict: a checkpoint's own table is kept.
     """
 
     config_class = ViTPixelDecoderConfig
+    foreign_formats = (RAE_DECODER,)
     positions: Tensor
     output_mean: Tensor
     output_std: Tensor
@@ -147,17 +152,3 @@ class ViTPixelDecoder(nn.Module, HubMixin):
 
     def extra_repr(self) -> str:
         return f"Z={self.config.latent_channels}, grid={self.config.grid}, stride={self.config.stride}"
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> Float[Tensor, "1 N1 D"]:
-    """ViT-MAE's fixed table on integer coordinates, the column's half first, and a zero row for the learned token."""
-    rates = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-
-    def wave(coordinate: Tensor) -> Tensor:
-        angles = coordinate.flatten()[:, None] * rates
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    axes = [torch.arange(size, dtype=torch.float64) for size in grid]
-    row, column = torch.meshgrid(*axes, indexing="ij")
-    table = torch.cat([wave(column), wave(row)], dim=1)
-    return torch.cat([torch.zeros_like(table[:1]), table])[None].float()

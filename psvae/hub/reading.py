@@ -23,7 +23,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WRAPPERS = ("state_dict", "model")  # under which training scripts put the weights
-PREFIXES = ("module.", "first_stage_model.", "vae.")  # of DDP, of LDM, of a whole pipeline's file
+PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
 
 
 class Checkpoint:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from psvae import ViTPixelDecoder, ViTPixelDecoderConfig
-from psvae.decoders.vit_pixel_decoder import sincos_positions
 from psvae.errors import ConfigError, ShapeError
+from psvae.nn.positions import sincos_positions
 from tests.base import ModuleTests, assert_close
 from tests.tiny import fill_weights, latents
 
