@@ -4,8 +4,9 @@ image ─encoder─▶ features ─vae.encoder─▶ latent ─decoder─▶ ima
                                            └─vae.decoder─▶ rebuilt features
 """
 
+import os
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,9 +16,12 @@ from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
 from psvae.config import Config
 from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig, decode_tiled
 from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
-from psvae.errors import ConfigError
+from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.keymaps.own import AUTOENCODER_PSVAE
+from psvae.hub.keymaps.rae import AUTOENCODER_RAE
 from psvae.hub.mixin import HubMixin
+from psvae.hub.source import Source
+from psvae.hub.statistics import load_latent_statistics, read_statistics
 from psvae.latents import DiagonalGaussian, LatentSpec
 from psvae.shapes import Features, Images, Latents, check_map
 from psvae.vae import SemanticVAE, SemanticVAEConfig
@@ -169,7 +173,7 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
     """
 
     config_class = PSVAEConfig
-    foreign_formats = (AUTOENCODER_PSVAE,)
+    foreign_formats = (AUTOENCODER_PSVAE, AUTOENCODER_RAE)
 
     def __init__(self, config: PSVAEConfig, encoder: SemanticEncoder | None = None) -> None:
         super().__init__()
@@ -202,6 +206,63 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
         if model.vae is not None and config.vae is not None and config.vae.block_init == "encoder":
             model.vae.copy_blocks(encoder.vit.blocks)
         return model
+
+    @classmethod
+    def from_rae(
+        cls,
+        folder_or_id: str | os.PathLike[str],
+        *,
+        encoder: SemanticEncoder,
+        decoder: str,
+        statistics: str | None,
+        latent_noise: float = 0.0,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        **fields: Any,
+    ) -> Self:
+        """RAE (arXiv 2510.11690) from the files of its own repository. diffusers' AutoencoderRAE folders need no more
+        than `from_pretrained`.
+
+        Args:
+            folder_or_id: holds the decoder's and the statistics' files, such as ``"nyu-visionx/RAE-collections"``.
+            encoder: as the decoder was trained on: ``SemanticEncoder.from_pretrained`` of
+                ``"facebook/dinov2-with-registers-base"``.
+            decoder: such as ``"decoders/dinov2/wReg_base/ViTXL_n08/model.pt"``.
+            statistics: such as ``"stats/dinov2/wReg_base/imagenet1k/stat.pt"``; None leaves latents as they are.
+            latent_noise: RAE's τ for further training of the decoder; see `PSVAEConfig`.
+            allow_pickle: both published files are pickles.
+            **fields: of `ViTPixelDecoderConfig`, over those that the file tells.
+
+        Raises:
+            CheckpointError: a file is absent, unreadable, or does not fit.
+            ConfigError: the decoder takes another width or grid than encoder and statistics have.
+        """
+        source = Source(folder_or_id, "", revision=revision)
+        files = [None if name is None else source.find(name) for name in (decoder, statistics)]
+        for name, file in zip((decoder, statistics), files, strict=True):
+            if name is not None and file is None:
+                raise CheckpointError(f"{source} has no file {name!r}; {source.listing()}")
+        colours = {"output_mean": encoder.config.mean, "output_std": encoder.config.std}
+        painter = ViTPixelDecoder.from_pretrained(str(files[0]), allow_pickle=allow_pickle, **{**colours, **fields})
+        grid = None
+        if files[1] is not None:
+            _, height, width = read_statistics(files[1], allow_pickle=allow_pickle)[1].shape
+            grid = None if height == width == 1 else (height, width)
+        if grid not in (None, painter.config.grid):
+            raise ConfigError(
+                f"the statistics are of grid {grid}, the decoder of {painter.config.grid}; wanted one grid"
+            )
+        config = PSVAEConfig(
+            encoder=encoder.config, vae=None, decoder=painter.config, latent_noise=latent_noise, statistics_grid=grid,
+            sample_size=painter.config.grid[0] * painter.config.stride,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = cls(config, encoder)
+        model.decoder, spec = painter, LatentSpec(config.latent_channels, encoder.config.stride, grid)
+        model.latent_spec = spec
+        if files[1] is not None:
+            load_latent_statistics(spec, files[1], allow_pickle=allow_pickle)
+        return model.eval()
 
     def forward(
         self,

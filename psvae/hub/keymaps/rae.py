@@ -4,11 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from psvae.errors import CheckpointError
 from psvae.hub.formats import Format, Header, Rule
+from psvae.hub.keymaps._transformers import DINOV2, SIGLIP, VIT_MAE, Layout
+from psvae.hub.keymaps._vit import HALF, IMAGENET
 from psvae.nn.positions import sincos_positions
 
-__all__ = ["RAE_DECODER", "decoder_fields", "decoder_rules"]
+__all__ = ["AUTOENCODER_RAE", "RAE_DECODER"]
 
 Json = Mapping[str, Any]
 
@@ -35,6 +39,18 @@ DIFFUSERS = {
     "attn.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
     "attn.proj": ("attention.to_out.0",),
 }
+DINO_ARGS = {"img_size": 518, "mlp_ratio": 4.0, "reg_tokens": 4}
+# encoder_type → (where the tensors are, what transformers' encoder of that type is to us)
+ENCODERS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
+    "dinov2": (DINOV2, DINO_ARGS, {"name": "vit_base_patch14_reg4_dinov2", "norm_eps": 1e-6, **IMAGENET}),
+    "siglip2": (
+        SIGLIP,
+        {"act_layer": "gelu_tanh"},
+        {"name": "vit_base_patch16_siglip_224", "position_antialias": False, "norm_eps": 1e-6, **HALF},
+    ),
+    "mae": (VIT_MAE, {}, {"name": "vit_base_patch16_224", "position_antialias": False, "norm_eps": 1e-12, **IMAGENET}),
+}
+DIFFUSERS_EPS = 1e-5  # diffusers: (z − mean) / (std + ε)
 HEADS = {768: 12, 1024: 16, 1152: 16}  # of RAE's ViT-B, L and XL; the tensors do not say
 
 
@@ -94,3 +110,107 @@ RAE_DECODER = Format(
     lambda config, header: decoder_fields(header),
     lambda keys, config, header: decoder_rules(keys, config, header),
 )
+
+
+def _is_rae(config: Json | None, header: Header) -> bool:
+    return config is not None and config.get("_class_name") == "AutoencoderRAE"
+
+
+def _read_rae(config: Json | None, header: Header) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "encoder_type": "dinov2", "encoder_patch_size": 14, "patch_size": 16, "encoder_input_size": 224,
+        "decoder_num_attention_heads": 16, "noise_tau": 0.0, "scaling_factor": 1.0, "encoder_norm_mean": None,
+        "encoder_norm_std": None, **(config or {}),
+    }  # fmt: skip
+    if values["scaling_factor"] != 1.0:
+        raise CheckpointError(
+            f"config.json has scaling_factor {values['scaling_factor']!r}; wanted 1: no other is built"
+        )
+    kind = values["encoder_type"]
+    if kind not in ENCODERS:
+        raise CheckpointError(f"config.json has encoder_type {kind!r}; wanted {', '.join(ENCODERS)}")
+    layout, args, fields = ENCODERS[kind]
+    patch, size, stride = values["encoder_patch_size"], values["encoder_input_size"], values["patch_size"]
+    if not all(isinstance(n, int) and n > 0 for n in (patch, size, stride)) or size % patch:
+        raise CheckpointError(
+            f"config.json has encoder_input_size {size!r} and encoder_patch_size {patch!r}; no grid fits"
+        )
+    side = size // patch
+    prefix = layout.prefix(header)
+    width = _encoder_width(header, prefix)
+    depth = len(
+        {n.removeprefix(layout.root(header)).partition(".")[0] for n in header if n.startswith(layout.root(header))}
+    )
+    hidden = next((s[0] for n, s in header.items() if n.startswith(layout.root(header)) and _first_mlp(n)), 4 * width)
+    args = {"img_size": _table_side(header, prefix, kind) * patch} | args
+    args |= {"embed_dim": width, "depth": depth, "num_heads": max(1, width // 64), "patch_size": patch}
+    args["mlp_ratio"] = hidden / width
+    mean = values["encoder_norm_mean"] or fields["mean"]
+    std = values["encoder_norm_std"] or fields["std"]
+    colours = {"mean": mean, "std": std}
+    spec = header.get("_latents_std", (1,))
+    decoder = decoder_fields(header, "decoder.") | {"grid": (side, side), "output_mean": mean, "output_std": std}
+    return {
+        "encoder": fields | colours | {"model_args": args, "stride": stride},
+        "vae": None,
+        "decoder": decoder | {"num_heads": values["decoder_num_attention_heads"]},
+        "latent_noise": values["noise_tau"],
+        "statistics_grid": tuple(spec[-2:]) if len(spec) >= 3 and tuple(spec[-2:]) != (1, 1) else None,
+        "sample_size": side * stride,
+    }
+
+
+def _encoder_width(header: Header, prefix: str) -> int:
+    kernels = (s for n, s in header.items() if n.startswith(prefix) and "patch_embedding" in n and len(s) == 4)
+    shape = next(kernels, None)
+    if shape is None:
+        raise CheckpointError("the file has no patch embedding under 'encoder.'; wanted an AutoencoderRAE's encoder")
+    return shape[0]
+
+
+def _first_mlp(name: str) -> bool:
+    return name.endswith(("mlp.fc1.weight", "intermediate.dense.weight"))
+
+
+def _table_side(header: Header, prefix: str, kind: str) -> int:
+    """Of the encoder's own position table."""
+    tables = (s for n, s in header.items() if n.startswith(prefix) and "position_embedding" in n and len(s) >= 2)
+    shape = next(tables, None)
+    if shape is None:
+        raise CheckpointError("the file has no position table under 'encoder.'; wanted an AutoencoderRAE's encoder")
+    return math.isqrt(shape[-2] - (0 if kind == "siglip2" else 1))
+
+
+def _rae_rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, Rule]:
+    kind = next(k for k, (_, _, fields) in ENCODERS.items() if fields["name"] == config["encoder"]["name"])
+    inside = {n: s for n, s in header.items() if n.startswith("encoder.")}
+    parts = {root: [k.removeprefix(root) for k in keys if k.startswith(root)] for root in ("encoder.", "decoder.")}
+    encoder = ENCODERS[kind][0].key_map(parts["encoder."], config["encoder"], inside)
+    decoder = decoder_rules(parts["decoder."], config["decoder"], header, "decoder.")
+    grid = tuple(config["statistics_grid"] or (1, 1))
+    channels = config["decoder"]["latent_channels"]
+
+    def shaped(values: Tensor) -> Tensor:
+        return values.reshape(-1, *values.shape[-2:]) if values.ndim >= 3 else values.reshape(-1, 1, 1)
+
+    def mean(values: Tensor) -> Tensor:
+        return shaped(values).expand(channels, *grid).clone()
+
+    def std(values: Tensor) -> Tensor:
+        # without statistics diffusers divides by 1 + ε too: one meaning, whatever the buffer holds
+        return (shaped(values).float() + DIFFUSERS_EPS).expand(channels, *grid).clone()
+
+    return {
+        **{f"encoder.{key}": rule for key, rule in encoder.items()},
+        **{f"decoder.{key}": rule for key, rule in decoder.items()},
+        "latent_spec.mean": Rule(("_latents_mean",), load=mean),
+        "latent_spec.std": Rule(("_latents_std",), load=std),
+    }
+
+
+def _rae_ignored(config: Json, header: Header) -> tuple[str, ...]:
+    kind = next(k for k, (_, _, fields) in ENCODERS.items() if fields["name"] == config["encoder"]["name"])
+    return (*ENCODERS[kind][0].ignored(config["encoder"], header), "encoder_mean", "encoder_std")
+
+
+AUTOENCODER_RAE = Format("diffusers AutoencoderRAE", _is_rae, _read_rae, _rae_rules, ignored=_rae_ignored)
