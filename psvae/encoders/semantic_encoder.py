@@ -199,8 +199,8 @@ class SemanticEncoder(nn.Module, HubMixin):
 
         DINOv2 with and without registers, DINOv3, SigLIP (without its pooling head) and ViT-MAE. A plain final norm
         is written as weight 1 and bias 0; blocks that ``layer`` cut off are not written. The names are those of
-        the published files, which every version writes and reads. No image processor is written: its resize is
-        not this encoder's.
+        the published files, which transformers 4.57 and 5.23 both read. No image processor is written: its resize
+        is not this encoder's.
 
         Raises:
             ConfigError: transformers has no model of this architecture.

@@ -1,8 +1,7 @@
 """Where transformers' Vision Transformers keep their tensors.
 
 The library renamed its layers between 4.57 and 5.18; a table lists every name that a part has had. What is
-written is the first of them: the names of the published files, which ``save_pretrained`` of every version
-writes and reads.
+written is the first of them: the names of the published files, which 4.57 and 5.23 both read without a warning.
 """
 
 import dataclasses
@@ -36,6 +35,7 @@ class Layout:
         spare: known and not needed, after the prefix.
         outside: known and not needed, with no prefix: heads, text models, decoders.
         rules: of the names that no table can say.
+        written: the prefix that is written.
     """
 
     marker: str
@@ -45,11 +45,12 @@ class Layout:
     spare: tuple[str, ...]
     outside: tuple[str, ...]
     rules: Callable[[str, str, Json], Rule | None] = lambda key, prefix, config: None
+    written: str = ""
 
     def prefix(self, header: Header) -> str:
         """What stands before the encoder's own names in this file."""
         found = [name.removesuffix(self.marker) for name in header if name.endswith(self.marker)]
-        return min((p for p in found if not p or p.endswith(".")), key=len, default="")
+        return min((p for p in found if not p or p.endswith(".")), key=len, default=self.written)
 
     def root(self, header: Header) -> str:
         """What stands before a block's number in this file, with the prefix."""
@@ -202,6 +203,7 @@ SIGLIP = Layout(
     spare=("post_layernorm.", "head.", "embeddings.position_ids"),
     outside=("text_model.", "logit_scale", "logit_bias", "classifier."),
     rules=_siglip_rules,
+    written="vision_model.",  # 4.57 reads no other, and 5.23 takes it off
 )
 SIGLIP2 = dataclasses.replace(SIGLIP, rules=_siglip2_rules)
 VIT_MAE = Layout(
