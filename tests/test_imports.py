@@ -27,6 +27,7 @@ ALLOWED = {
     "flow": VOCABULARY,
     "autoencoders": LOW | NOUNS,
     "adapt": VOCABULARY,
+    "cli": LOW | NOUNS | {"autoencoders", "integrations"},
     "integrations": LOW | NOUNS | {"autoencoders"},
 }
 # Third-party imports that only one file may make, at its top or inside a function.

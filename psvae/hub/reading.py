@@ -85,7 +85,7 @@ class Checkpoint:
         Raises:
             CheckpointError: names are missing, unexpected or of another shape, in the file's own words.
         """
-        self._compare(expected, rules, tuple(ignored))
+        self.compare(expected, rules, tuple(ignored))
         with contextlib.ExitStack() as stack:
             handles: dict[Path, Any] = {}
             if self._pickled is None:
@@ -138,7 +138,7 @@ class Checkpoint:
             )
         return [shard for shard in shards.values() if shard is not None]
 
-    def _compare(self, expected: Mapping[str, Tensor], rules: Mapping[str, Rule], ignored: tuple[str, ...]) -> None:
+    def compare(self, expected: Mapping[str, Tensor], rules: Mapping[str, Rule], ignored: tuple[str, ...]) -> None:
         """One error that lists every difference."""
         needed = dict.fromkeys(name for rule in rules.values() for name in rule.theirs)
         missing = [name for name in needed if name not in self.header]

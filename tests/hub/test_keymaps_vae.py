@@ -11,6 +11,8 @@ from psvae import PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
 from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
+from psvae.hub.keymaps.ldm import LDM
 from tests.base import assert_close, assert_equal, assert_same_state
 from tests.tiny import fill_weights, images, tiny_pixel_vae, tiny_pixel_vae_config
 
@@ -348,7 +350,7 @@ def test_fitted_statistics_travel_in_a_diffusers_folder(tmp_path):
     [PixelVAEConfig(), PixelVAEConfig.sd3(), PixelVAEConfig.ldm(32), PixelVAEConfig.ldm(4, (1, 2, 4, 4))],
     ids=["sd", "sd3", "va_vae", "f8"],
 )
-@pytest.mark.parametrize("layout", PixelVAE.foreign_formats, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [AUTOENCODER_KL, LDM], ids=lambda layout: layout.name)
 def test_a_key_map_is_one_to_one_and_its_config_survives(config, layout):
     with torch.device("meta"):
         state = PixelVAE(config).state_dict()

@@ -1,0 +1,233 @@
+"""The ``psvae`` command: look at a checkpoint, convert it, reconstruct images with it."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+import psvae
+from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.hub.formats import Format, same
+from psvae.hub.mixin import HubMixin, recognise
+from psvae.hub.reading import Checkpoint
+from psvae.hub.source import Source
+
+__all__ = ["main"]
+
+Target = Literal["psvae", "diffusers", "ldm", "timm", "transformers"]
+WITH_FOREIGN_FORMATS = ("PixelVAE", "PSVAE", "SemanticEncoder", "ViTPixelDecoder")
+Positional = tyro.conf.Positional
+
+
+def inspect(
+    source: Positional[str],
+    *,
+    file: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> int:
+    """Say what a checkpoint is: format, architecture, size, statistics, licence, problems. Reads no tensor of a
+    safetensors file.
+
+    Args:
+        source: a folder, a weights file, or a Hub id.
+        file: name of the weights file, where it is not a standard one.
+        variant: such as fp16, where the weights file's name carries one.
+        revision: branch, tag or commit of a Hub repository.
+        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
+    """
+    checkpoint = _open(source, file, variant, revision, allow_pickle)
+    cls, layout = _recognise(checkpoint)
+    values = checkpoint.own_config() if layout is None else layout.read_config(checkpoint.config, checkpoint.header)
+    config: Any = cls.config_class.from_dict(values)
+    header = checkpoint.header
+    _say("format", "psvae" if layout is None else layout.name)
+    _say("class", cls.__name__)
+    _say("weights", f"{sum(map(_count, header.values())) / 1e6:.2f} M numbers in {len(header)} tensors")
+    for name, value in config.to_dict().items():
+        _say(f"  {name}", value)
+    for name in ("latent_channels", "spatial_compression_ratio", "scaling_factor", "shift_factor"):
+        if hasattr(config, name):
+            _say(name, getattr(config, name))
+    statistics = {name: shape for name, shape in header.items() if name.split(".")[-1].strip("_") in _STATISTICS}
+    _say("statistics", ", ".join(f"{name} {shape}" for name, shape in statistics.items()) or "none in the file")
+    _say("licence", _licence(checkpoint.source))
+    with torch.device("meta"):
+        expected = cls(config).state_dict()  # type: ignore[call-arg]
+    rules, ignored = same(list(expected)), ()
+    if layout is not None:
+        ours = config.to_dict()
+        rules, ignored = layout.rules(list(expected), ours, header), layout.unneeded(ours, header)
+        left_out = layout.left_out(header, rules, ours)
+        _say("not needed", f"{len(left_out)}: {', '.join(left_out[:5])}" if left_out else "nothing")
+    try:
+        checkpoint.compare(expected, rules, tuple(ignored))
+    except CheckpointError as problem:
+        _say("problems", problem)
+        return 1
+    _say("problems", "none")
+    return 0
+
+
+_STATISTICS = ("mean", "std", "latents_mean", "latents_std")
+
+
+def convert(
+    source: Positional[str],
+    destination: Positional[Path],
+    *,
+    to: Target,
+    file: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Write a checkpoint in another layout.
+
+    Args:
+        source: a folder, a weights file, or a Hub id.
+        destination: a folder, new or empty.
+        to: psvae: our own. diffusers: AutoencoderKL for a PixelVAE, AutoencoderPSVAE for a PSVAE. ldm: LDM's names.
+            timm, transformers: an encoder for those libraries.
+        file: name of the weights file, where it is not a standard one.
+        variant: such as fp16, where the weights file's name carries one.
+        revision: branch, tag or commit of a Hub repository.
+        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
+        overwrite: write into a folder that holds something.
+    """
+    if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} holds something; choose another folder, or pass --overwrite")
+    cls, _ = _recognise(_open(source, file, variant, revision, allow_pickle))
+    writers: dict[tuple[str, str], Callable[[Any], Any]] = {
+        ("PixelVAE", "diffusers"): lambda model: model.export_diffusers(destination),
+        ("PixelVAE", "ldm"): lambda model: model.export_ldm(destination),
+        ("PSVAE", "diffusers"): lambda model: psvae.AutoencoderPSVAE.from_psvae(model).save_pretrained(destination),
+        ("SemanticEncoder", "timm"): lambda model: model.export_timm(destination),
+        ("SemanticEncoder", "transformers"): lambda model: model.export_transformers(destination),
+    }
+    write = writers.get((cls.__name__, to)) if to != "psvae" else lambda model: model.save_pretrained(destination)
+    if write is None:
+        known = ["psvae", *(layout for name, layout in writers if name == cls.__name__)]
+        raise ConfigError(f"a {cls.__name__} has no layout {to!r}; wanted one of: {', '.join(known)}")
+    loaded = cls.from_pretrained(source, file=file, variant=variant, revision=revision, allow_pickle=allow_pickle)
+    write(loaded)
+    _say("written", f"{cls.__name__} as {to} to {destination}")
+    return 0
+
+
+def reconstruct(
+    images: Positional[tuple[Path, ...]],
+    *,
+    model: str,
+    output: Path = Path("reconstructions"),
+    revision: str | None = None,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+) -> int:
+    """Encode and decode images; writes each reconstruction and a side-by-side picture, prints the PSNR.
+
+    Args:
+        images: image files. What exceeds a multiple of the stride at the right and below is cropped, and it is said.
+        model: a PSVAE or PixelVAE: a folder, a weights file, or a Hub id.
+        output: folder for the pictures.
+        revision: branch, tag or commit of a Hub repository.
+        device: such as cpu or cuda.
+        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
+    """
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if not images:
+        raise ConfigError("no image came; wanted one or more files")
+    cls, _ = _recognise(_open(model, None, None, revision, allow_pickle))
+    if cls.__name__ not in ("PSVAE", "PixelVAE"):
+        raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
+    vae: Any = cls.from_pretrained(model, revision=revision, allow_pickle=allow_pickle, device=device)
+    stride = vae.config.spatial_compression_ratio
+    output.mkdir(parents=True, exist_ok=True)
+    for path in images:
+        try:
+            picture = Image.open(path).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise ConfigError(f"{path} cannot be read as an image ({error})") from error
+        width, height = (side // stride * stride for side in picture.size)
+        if not width or not height:
+            raise ConfigError(f"{path} is {picture.size[0]} x {picture.size[1]}; wanted at least {stride} on each side")
+        if (width, height) != picture.size:
+            _say(path.name, f"cropped from {picture.size[0]} x {picture.size[1]} to {width} x {height}")
+            picture = picture.crop((0, 0, width, height))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        with torch.no_grad():
+            rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / (rebuilt - pixels).square().mean())
+        for name, shown in ((path.stem, rebuilt), (f"{path.stem}_side_by_side", torch.cat([pixels, rebuilt], dim=3))):
+            array = (shown[0] * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            Image.fromarray(array).save(output / f"{name}.png")
+        _say(path.name, f"{psnr.item():.2f} dB, {output / path.stem}.png")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 well, 1 problems found, 2 a mistake in what was asked."""
+    commands = {"inspect": inspect, "convert": convert, "reconstruct": reconstruct}
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog="psvae", description="Image latents that also carry meaning.", args=arguments
+        )
+    except PSVAEError as error:
+        sys.stderr.write(f"psvae: {error}\n")
+        return 2
+
+
+def _open(source: str, file: str | None, variant: str | None, revision: str | None, pickles: bool) -> Checkpoint:
+    found = Source(source, "", revision=revision)
+    return Checkpoint(found, file=file, variant=variant, allow_pickle=pickles)
+
+
+def _recognise(checkpoint: Checkpoint) -> tuple[type[HubMixin], Format | None]:
+    """The class that reads a checkpoint, and its foreign layout if it has one."""
+    name = None if checkpoint.config is None else checkpoint.config.get("_class")
+    if isinstance(name, str) and name in psvae.__all__ and hasattr(getattr(psvae, name), "from_pretrained"):
+        return getattr(psvae, name), None
+    refusals = []
+    for candidate in WITH_FOREIGN_FORMATS:
+        cls = getattr(psvae, candidate)
+        try:
+            return cls, recognise(cls, checkpoint)
+        except CheckpointError as error:
+            refusals.append(str(error))
+    if not checkpoint.header:
+        raise CheckpointError(refusals[0])
+    known = sorted({layout.name for name in WITH_FOREIGN_FORMATS for layout in getattr(psvae, name).foreign_formats})
+    some = ", ".join(list(checkpoint.header)[:3])
+    raise CheckpointError(
+        f"{checkpoint.source} is of no layout that psvae reads (names like {some}); it reads its own and: "
+        + ", ".join(known)
+    )
+
+
+def _licence(source: Source) -> str:
+    """Of the model card's metadata, on the disk alone: no request is made for it."""
+    card = source.find("README.md")
+    text = card.read_text(encoding="utf-8", errors="replace") if card is not None else ""
+    found = re.search(r"\A---\n.*?^license:\s*(.+?)\s*$.*?^---$", text, flags=re.DOTALL | re.MULTILINE)
+    return found[1] if found else "not stated"
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _say(name: str, value: Any) -> None:
+    sys.stdout.write(f"{name + ':':<28}{value}{os.linesep}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The psvae command: what it says, what it writes, how it refuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from psvae import PSVAE, PixelVAE
+from psvae.cli import main
+from tests.base import assert_same_state
+from tests.tiny import fill_weights, tiny_pixel_vae, tiny_psvae
+
+
+@pytest.fixture
+def kl(tmp_path):
+    """A diffusers folder."""
+    fill_weights(tiny_pixel_vae()).export_diffusers(tmp_path / "kl")
+    return tmp_path / "kl"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of our own."""
+    tiny_psvae().save_pretrained(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_inspect_a_diffusers_folder(kl, capsys):
+    assert main(["inspect", str(kl)]) == 0
+    said = capsys.readouterr().out
+    for line in ("diffusers AutoencoderKL", "PixelVAE", "0.18215", "not needed:", "problems:                   none"):
+        assert line in said
+    assert "licence:                    not stated" in said
+
+
+def test_inspect_reads_a_licence(kl, capsys):
+    (kl / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# A model\n")
+    main(["inspect", str(kl)])
+    assert "licence:                    mit" in capsys.readouterr().out
+
+
+def test_inspect_our_own(own, capsys):
+    assert main(["inspect", str(own)]) == 0
+    said = capsys.readouterr().out
+    assert "format:                     psvae" in said
+    assert "latent_spec.mean (8, 1, 1)" in said
+
+
+def test_inspect_finds_problems(kl, capsys):
+    path = kl / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    del state["quant_conv.bias"]
+    save_file(state, path)
+    assert main(["inspect", str(kl)]) == 1
+    assert "1 missing: quant_conv.bias" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["psvae", "diffusers"])
+def test_convert_a_pixel_vae(kl, tmp_path, capsys, to):
+    assert main(["convert", str(kl), str(tmp_path / "out"), "--to", to]) == 0
+    assert f"PixelVAE as {to}" in capsys.readouterr().out
+    assert_same_state(PixelVAE.from_pretrained(tmp_path / "out"), PixelVAE.from_pretrained(kl))
+
+
+def test_convert_to_ldm(kl, tmp_path):
+    assert main(["convert", str(kl), str(tmp_path / "out"), "--to", "ldm"]) == 0
+    assert "encoder.down.0.block.0.conv1.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_convert_a_psvae(own, tmp_path):
+    pytest.importorskip("diffusers", reason="comes with psvae[diffusers]")
+    assert main(["convert", str(own), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    assert_same_state(PSVAE.from_pretrained(tmp_path / "out"), PSVAE.from_pretrained(own))
+
+
+def test_reconstruct(kl, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (35, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert main(["reconstruct", str(tmp_path / "a.png"), "--model", str(kl), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "cropped from 50 x 35 to 48 x 32" in said
+    assert " dB" in said
+    both = np.asarray(Image.open(tmp_path / "out/a_side_by_side.png"))
+    assert both.shape == (32, 96, 3)
+    assert np.array_equal(both[:, :48], pixels[:32, :48])
+    assert np.array_equal(both[:, 48:], np.asarray(Image.open(tmp_path / "out/a.png")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{root}/absent"], "is not a folder or file here"),
+        (["convert", "{kl}", "{kl}", "--to", "psvae"], "holds something; choose another folder, or pass --overwrite"),
+        (
+            ["convert", "{kl}", "{root}/x", "--to", "timm"],
+            "a PixelVAE has no layout 'timm'; wanted one of: psvae, diff",
+        ),
+        (
+            ["convert", "{own}", "{root}/x", "--to", "ldm"],
+            "a PSVAE has no layout 'ldm'; wanted one of: psvae, diffusers",
+        ),
+        (["reconstruct", "{root}/no.png", "--model", "{kl}"], "no.png cannot be read as an image"),
+        (["inspect", "{root}/other"], "is of no layout that psvae reads (names like a, b); it reads its own and: LDM"),
+        (["inspect", "{root}/x.ckpt"], "is a pickle, which can run code"),
+    ],
+)
+def test_mistakes_are_one_line(kl, own, tmp_path, capsys, arguments, message):
+    (tmp_path / "other").mkdir()
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "other/model.safetensors")
+    torch.save({}, tmp_path / "x.ckpt")
+    filled = [word.format(root=tmp_path, kl=kl, own=own) for word in arguments]
+    assert main([*filled, *(["--output", str(tmp_path / "out")] if arguments[0] == "reconstruct" else [])]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("psvae: ")
+    assert error.count("\n") == 1
+
+
+def test_help_and_exit_codes_of_the_process(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, "-m", "psvae.cli", *arguments], capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0
+    assert all(command in shown.stdout for command in ("inspect", "convert", "reconstruct"))
+    refused = run("inspect", str(tmp_path / "absent"))
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
