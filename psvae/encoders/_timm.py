@@ -79,7 +79,7 @@ def build_vit(
             f"could not load {source} ({type(error).__name__}: {error}). Go online once to fill the cache, pass the "
             "path of a local file of that architecture as file=..., or build without weights: pretrained=False"
         ) from error
-    except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError) as error:
         raise ConfigError(f"timm refused model_args {model_args!r} for {name!r}: {error}") from error
     if not all(hasattr(vit, part) for part in ("patch_embed", "blocks", "norm", "forward_intermediates")):
         raise ConfigError(f"{name!r} is a {type(vit).__name__}; wanted a Vision Transformer with patch tokens")

@@ -259,7 +259,8 @@ def test_blocks_that_the_configuration_does_not_have_are_unexpected(folder):
         ({"hidden_act": "relu6"}, "hidden_act 'relu6'; wanted 'gelu' or"),
         ({"layer_norm_eps": 0}, "layer_norm_eps 0; wanted a positive float"),
         ({"num_channels": 4}, "num_channels 4; wanted 3"),
-        ({"image_size": [56, 70]}, "image_size"),
+        ({"image_size": [56, 70]}, r"image_size \[56, 70\]; wanted a positive int"),
+        ({"image_size": [[]]}, "image_size"),
         ({"image_size": 70}, r"embeddings.position_embeddings is \(1, 17, 48\), wanted \(1, 26, 48\)"),
         ({"use_swiglu_ffn": True}, "missing: .*weights_in"),
         ({"num_attention_heads": 5}, "timm refused"),
@@ -286,6 +287,21 @@ def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=said):
+        SemanticEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth": 10**9}, "depth of 1000000000; the weights have"),
+        ({"img_size": []}, "timm refused model_args"),
+        ({"no_such": 1}, "timm refused model_args.*no_such"),
+    ],
+)
+def test_timm_arguments_that_do_not_fit(change, said, tmp_path):
+    model, model_args = timm_model("mae")
+    timm.models.save_for_hf(model, tmp_path, model_args={**model_args, **change}, safe_serialization=True)
+    with pytest.raises((CheckpointError, ConfigError), match=said):
         SemanticEncoder.from_pretrained(tmp_path)
 
 

@@ -27,6 +27,9 @@ def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(published, Mapping):
         raise CheckpointError("config.json has a 'model_args' or 'pretrained_cfg' that is no dictionary")
     model_args = {key: value for key, value in given.items() if key not in NOT_OURS}
+    depth = model_args.get("depth", 1)
+    if not isinstance(depth, int) or not 0 < depth <= len(header):
+        raise CheckpointError(f"config.json has a depth of {depth!r}; the weights have {len(header)} tensors in all")
     patch = patch_size(header, PATCH)
     table = header.get("pos_embed", ())
     if "img_size" not in model_args and len(table) == 3:  # the architecture's default may be of another size

@@ -57,7 +57,7 @@ def _shared(values: Json, header: Header, width: int | None = None) -> dict[str,
 
 def _image_size(values: Json) -> int:
     size = values["image_size"]
-    if isinstance(size, list | tuple) and len(set(size)) == 1:
+    if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     return number({"image_size": size}, "image_size")
 
