@@ -300,7 +300,9 @@ def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):
 )
 def test_timm_arguments_that_do_not_fit(change, said, tmp_path):
     model, model_args = timm_model("mae")
-    timm.models.save_for_hf(model, tmp_path, model_args={**model_args, **change}, safe_serialization=True)
+    timm.models.save_for_hf(model, tmp_path, model_args=model_args, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_args": model_args | change}))
     with pytest.raises((CheckpointError, ConfigError), match=said):
         SemanticEncoder.from_pretrained(tmp_path)
 
