@@ -6,7 +6,7 @@ quickstart: .venv/installed
 	.venv/bin/python examples/quickstart.py $(if $(DATA),--data $(DATA))
 
 test: .venv/installed
-	.venv/bin/pytest
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
 
 # lint, format and types
 check: .venv/installed
