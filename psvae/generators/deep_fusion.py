@@ -1,0 +1,381 @@
+"""DeepFusionDiT: prefix, noisy latents, σ → velocity (PS-VAE, section 3.4).
+
+    [source latents | text | noisy latents] ─blocks─▶ condition ─head, which reads the noisy latents again─▶ velocity
+
+A segment attends to the segments before it and to itself, text causally, latents in full. Only the noisy latents see
+the noise, so whatever stands before them is encoded once, into a `PrefixCache`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from psvae.errors import ConfigError
+from psvae.flow import velocity_from_clean
+from psvae.generators.checks import check_noisy, check_prefix, check_sources, check_text
+from psvae.generators.config import DeepFusionDiTConfig
+from psvae.generators.head import LinearHead, WideHead
+from psvae.generators.prefix import PrefixCache
+from psvae.generators.text import TextProjection, TimeEmbedding
+from psvae.hub.mixin import HubMixin
+from psvae.nn.attention import Backend, check_backend
+from psvae.nn.decoder import DecoderBlock, KeysValues, RMSNorm
+from psvae.nn.positions import sincos_grid
+from psvae.nn.rope import Rope, grid_positions, rope
+from psvae.shapes import Latents, Tokens
+
+__all__ = ["DeepFusionDiT", "DeepFusionOutput"]
+
+
+@dataclass
+class DeepFusionOutput:
+    """What `DeepFusionDiT` returns.
+
+    Attributes:
+        sample: the velocity, ``B Z h w``.
+        condition: the trunk's tokens ``B N D``, which the head read.
+        hidden_states: of the noisy tokens after the blocks asked for, each ``B N D``.
+    """
+
+    sample: Latents
+    condition: Tokens
+    hidden_states: tuple[Tokens, ...] = ()
+
+
+class DeepFusionDiT(nn.Module, HubMixin):
+    """Text-to-image and editing by flow matching on latents.
+
+    σ is 0 for clean latents and 1 for noise; `forward` returns the velocity ε − x (see `psvae.flow`), which is zero
+    before the first training step.
+
+    Attributes:
+        layers: the blocks of text and images (``fusion="shared"``), of text (``"mot"``), of images (``"prefix"``).
+        image_layers: the blocks of images with ``"mot"``, otherwise None.
+    """
+
+    config_class = DeepFusionDiTConfig
+
+    def __init__(self, config: DeepFusionDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.attention_backend: Backend = "sdpa"
+        width, eps = config.hidden_size, config.rms_norm_eps
+        two = config.fusion == "mot"
+        has_words = config.fusion != "prefix" and config.vocab_size is not None
+        self.embed_tokens = nn.Embedding(config.vocab_size or 0, width) if has_words else None
+        self.embed_latents = nn.Linear(config.in_channels * config.patch_size**2, width)
+        self.embed_time = TimeEmbedding(width) if config.time_conditioning else None
+        self.text_projections = _text_projections(config)
+        self.layers = _blocks(config)
+        self.norm = RMSNorm(width, eps)
+        self.image_layers = _blocks(config) if two else None
+        self.image_norm = RMSNorm(width, eps) if two else None
+        self.head = _head(config)
+        _initialise(self)
+
+    # The data's path
+
+    def forward(
+        self,
+        latents: Latents,
+        timestep: Float[Tensor, " B"],
+        prefix: PrefixCache | None = None,
+        *,
+        condition: Tokens | None = None,
+        return_layers: tuple[int, ...] = (),
+        **prefix_inputs: Any,
+    ) -> DeepFusionOutput:
+        """The velocity at x_σ.
+
+        Args:
+            latents: noisy, ``B Z h w``, h and w multiples of ``patch_size``.
+            timestep: σ in [0, 1], not 0..1000.
+            prefix: from `encode_prefix`; one serves every sampling step. Without it, and without
+                ``prefix_inputs``, nothing conditions.
+            condition: of an earlier output: the head alone is run (DDT's shared condition), no prefix is needed.
+            return_layers: blocks whose noisy tokens to return, counted from 0; a place for REPA's loss.
+            **prefix_inputs: arguments of `encode_prefix` in place of ``prefix``: the form for training.
+
+        Raises:
+            ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integer latents.
+            ConfigError: the prefix is another model's.
+        """
+        config = self.config
+        check_noisy(config, latents, timestep)
+        grid = (latents.shape[2] // config.patch_size, latents.shape[3] // config.patch_size)
+        patches = rearrange(latents, "B Z (h p) (w q) -> B (h w) (p q Z)", p=config.patch_size, q=config.patch_size)
+        time = self.embed_time(timestep * config.timestep_scale, latents.dtype) if self.embed_time else None
+        hidden_states: list[Tokens] = []
+        if condition is None:
+            prefix = self._prefix(latents, prefix, prefix_inputs)
+            tokens = self._embed_image(patches, grid, time)
+            positions, _ = grid_positions(prefix.next_position, grid, config.image_rope)
+            tokens, _ = self._attend(tokens, positions, prefix, image=True, keep=(return_layers, hidden_states))
+            condition = self.image_norm(tokens) if self.image_norm else self.norm(tokens)
+        output = self.head(patches, condition, time, grid, self.attention_backend)
+        output = rearrange(
+            output, "B (h w) (p q Z) -> B Z (h p) (w q)", h=grid[0], p=config.patch_size, q=config.patch_size
+        )
+        if config.prediction == "sample":
+            output = velocity_from_clean(latents, output, timestep, config.sigma_floor)
+        return DeepFusionOutput(output, condition, tuple(hidden_states))
+
+    def encode_prefix(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Tokens | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        source_latents: Tensor | None = None,
+        prefix: PrefixCache | None = None,
+        drop_text: Bool[Tensor, " B"] | None = None,
+        drop_source: Bool[Tensor, " B"] | None = None,
+    ) -> PrefixCache:
+        """Keys and values of [source latents | text]; with ``fusion="prefix"`` of [text | source latents].
+
+        Args:
+            input_ids: ``B T``; or ``inputs_embeds`` ``B T D``; or with ``fusion="prefix"``
+                ``encoder_hidden_states``, ``B T D`` or ``L B T D``.
+            attention_mask: ``B T``, 1 for words, 0 for padding on either side; None for no padding.
+            source_latents: clean, ``B Z h w`` or ``B S Z h w``; each image sees those before it.
+            prefix: to go on from, such as ``PrefixCache.from_hf(...)``.
+            drop_text, drop_source: ``B``, True where an item goes without, as in training for guidance. It then
+                equals an item that never had it.
+
+        Raises:
+            ShapeError: unequal batches, padding alone, more source images than configured, wrong shapes.
+            ConfigError: a kind of text that this fusion does not read, or nothing to encode.
+        """
+        visible = check_text(self.config, input_ids, inputs_embeds, encoder_hidden_states, attention_mask)
+        sources = check_sources(self.config, source_latents)
+        words = self.embed_tokens(input_ids) if self.embed_tokens and input_ids is not None else inputs_embeds
+        first = next((x for x in (words, encoder_hidden_states, *sources) if x is not None), None)
+        if prefix is None:
+            if first is None:
+                raise ConfigError("neither text nor source_latents came; PrefixCache.empty(...) is no condition")
+            batch = len(first) if first is not encoder_hidden_states else first.shape[-3]
+            prefix = PrefixCache.empty(self.config, batch, device=first.device, dtype=first.dtype)
+        if encoder_hidden_states is not None:
+            prefix = self._add_hidden_states(prefix, encoder_hidden_states, _without(visible, drop_text, encoder_hidden_states.shape[-3:-1]))
+        for source in sources:
+            prefix = self._add_source(prefix, source, drop_source)
+        if words is not None:
+            prefix, _ = self._add_words(prefix, words, _without(visible, drop_text, words.shape[:2]))
+        return prefix
+
+    def encode_text(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Tokens:
+        """The text's last hidden states ``B T D``, after the final norm: the language model that is inside.
+
+        Its logits are these times the transposed ``embed_tokens.weight``, where the two are tied.
+        """
+        visible = check_text(self.config, input_ids, None, None, attention_mask)
+        if self.embed_tokens is None:
+            raise ConfigError("this model has no text embedding")
+        words = self.embed_tokens(input_ids)
+        empty = PrefixCache.empty(self.config, len(words), device=words.device, dtype=words.dtype)
+        return self.norm(self._add_words(empty, words, visible)[1])
+
+    # Segments
+
+    def _prefix(self, latents: Latents, prefix: PrefixCache | None, inputs: dict[str, Any]) -> PrefixCache:
+        """The prefix of one forward: given, encoded here, or empty."""
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if prefix is not None and inputs:
+            raise ConfigError(f"prefix came together with {', '.join(inputs)}; pass one or the other")
+        if inputs:
+            prefix = self.encode_prefix(**inputs)
+        if prefix is None:
+            prefix = PrefixCache.empty(self.config, len(latents), device=latents.device, dtype=latents.dtype)
+        check_prefix(self.config, prefix, len(latents))
+        return prefix
+
+    def _embed_image(self, patches: Tensor, grid: tuple[int, int], time: Tensor | None) -> Tokens:
+        """Patches ``B N p²Z`` → tokens, with position and time added (as in BAGEL)."""
+        tokens = self.embed_latents(patches)
+        if self.config.image_position == "additive_2d":
+            tokens = tokens + sincos_grid(self.config.hidden_size, grid, device=tokens.device).to(tokens.dtype)
+        return tokens if time is None else tokens + time[:, None]
+
+    def _add_source(self, prefix: PrefixCache, source: Latents, drop: Tensor | None) -> PrefixCache:
+        """Clean latents: in full attention, at σ = 0."""
+        config, p = self.config, self.config.patch_size
+        check_prefix(config, prefix, len(source))
+        grid = (source.shape[2] // p, source.shape[3] // p)
+        clean = torch.zeros(len(source), device=source.device)
+        time = self.embed_time(clean, source.dtype) if self.embed_time else None
+        patches = rearrange(source, "B Z (h p) (w q) -> B (h w) (p q Z)", p=p, q=p)
+        tokens = self._embed_image(patches, grid, time)
+        positions, after = grid_positions(prefix.next_position, grid, config.image_rope)
+        _, keys_values = self._attend(tokens, positions, prefix, image=True)
+        if drop is None:
+            return prefix.extend(keys_values, None, after)
+        visible = (~drop)[:, None].expand(-1, tokens.shape[1])
+        return prefix.extend(keys_values, visible, torch.where(drop, prefix.next_position, after))
+
+    def _add_words(self, prefix: PrefixCache, words: Tokens, visible: Tensor | None) -> tuple[PrefixCache, Tokens]:
+        """Text: causal, and sees all of the prefix so far."""
+        check_prefix(self.config, prefix, len(words))
+        positions, after = _word_positions(prefix, words.shape[1], visible)
+        own = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).tril()
+        own = own[None] if visible is None else own & visible[:, None]
+        own = own | torch.eye(words.shape[1], dtype=torch.bool, device=words.device)  # padding sees itself, not NaN
+        before = prefix.all_keys()[:, None].expand(-1, words.shape[1], -1)
+        mask = torch.cat([before, own.expand(len(words), -1, -1)], dim=2)[:, None]
+        tokens, keys_values = self._attend(words, positions, prefix, image=False, mask=mask)
+        return prefix.extend(keys_values, visible, after), tokens
+
+    def _add_hidden_states(self, prefix: PrefixCache, states: Tensor, visible: Tensor | None) -> PrefixCache:
+        """Another model's text: projected to each block's keys and values, once."""
+        states = states if states.ndim == 4 else states[None]
+        check_prefix(self.config, prefix, states.shape[1])
+        positions, after = _word_positions(prefix, states.shape[2], visible)
+        turns = self._rope(positions)
+        layers = self.config.text_layer_of_block
+        assert self.text_projections is not None  # checked by check_text
+        pairs = [project(states[layer], turns) for project, layer in zip(self.text_projections, layers, strict=True)]
+        return prefix.extend(pairs, visible, after)
+
+    def _attend(
+        self,
+        tokens: Tokens,
+        positions: Int[Tensor, "B N 3"],
+        prefix: PrefixCache,
+        *,
+        image: bool,
+        mask: Bool[Tensor, "B 1 N1 P"] | None = None,
+        keep: tuple[Sequence[int], list[Tokens]] = ((), []),
+    ) -> tuple[Tokens, list[KeysValues]]:
+        """One segment through all blocks: (tokens, its own keys and values by layer)."""
+        blocks = self.image_layers if image and self.image_layers is not None else self.layers
+        if mask is None and prefix.key_mask is not None:
+            own = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            mask = torch.cat([prefix.key_mask, own], dim=1)[:, None, None]
+        turns = self._rope(positions)
+        keys_values = []
+        for index, block in enumerate(blocks):
+            arguments = (tokens, turns, (prefix.keys[index], prefix.values[index]), mask, self.attention_backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens, own = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                tokens, own = block(*arguments)
+            keys_values.append(own)
+            if index in keep[0]:
+                keep[1].append(tokens)
+        return tokens, keys_values
+
+    def _rope(self, positions: Int[Tensor, "B N 3"]) -> Rope:
+        config = self.config
+        return rope(positions, config.attention_head_dim, config.rope_theta, config.image_rope, config.rope_scaling)
+
+    # Settings
+
+    def freeze_text(self) -> None:
+        """LMFusion: only the images' blocks and the head go on learning.
+
+        Raises:
+            ConfigError: text and images share their blocks.
+        """
+        if self.config.fusion != "mot":
+            raise ConfigError(f"fusion={self.config.fusion!r} has no blocks for text alone; wanted 'mot'")
+        for module in (self.embed_tokens, self.layers, self.norm):
+            if module is not None:
+                module.requires_grad_(False)
+
+    def set_attention_backend(self, backend: Backend) -> None:
+        """Choose the kernels; the numbers stay the same to rounding.
+
+        Raises:
+            MissingDependencyError: xformers is absent or does not run on the weights' device.
+        """
+        check_backend(backend, self.embed_latents.weight.device)
+        self.attention_backend = backend
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the blocks in backward instead of keeping their activations."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        self.gradient_checkpointing = False
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"Z={config.in_channels}, patch_size={config.patch_size}, fusion={config.fusion!r}, head={config.head!r}"
+
+
+def _blocks(config: DeepFusionDiTConfig) -> nn.ModuleList:
+    return nn.ModuleList(
+        DecoderBlock(
+            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
+            config.intermediate_size, bias=config.attention_bias, qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
+        )
+        for _ in range(config.num_layers)
+    )  # fmt: skip
+
+
+def _text_projections(config: DeepFusionDiTConfig) -> nn.ModuleList | None:
+    if config.text_hidden_size is None:
+        return None
+    return nn.ModuleList(
+        TextProjection(
+            config.text_hidden_size, config.num_key_value_heads, config.attention_head_dim, qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
+        )
+        for _ in range(config.num_layers)
+    )  # fmt: skip
+
+
+def _head(config: DeepFusionDiTConfig) -> LinearHead | WideHead:
+    patch_channels = config.in_channels * config.patch_size**2
+    if config.head == "linear":
+        return LinearHead(config.hidden_size, patch_channels)
+    return WideHead(
+        config.hidden_size, patch_channels, config.head_width, config.head_depth, config.head_num_heads,
+        config.head_intermediate_size, norm_eps=config.head_norm_eps, rope_theta=config.head_rope_theta,
+        final_modulation=config.head_final_modulation,
+    )  # fmt: skip
+
+
+def _initialise(model: DeepFusionDiT) -> None:
+    """Blocks as a language model's (std 0.02), new layers Xavier, modulations and the last layer zero (RAE, BAGEL)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.embed_latents.weight)
+    for name, module in model.head.named_modules():
+        if isinstance(module, nn.Linear):
+            zero = name.endswith(("modulation", "out"))
+            (nn.init.zeros_ if zero else nn.init.xavier_uniform_)(module.weight)
+    if model.config.fusion == "mot":
+        # the text's last tokens lead nowhere but to `encode_text`: DDP would wait for their gradients
+        last = model.layers[-1]
+        for unused in (last.proj, last.norm2, last.mlp, last.q_norm, model.norm):
+            unused.requires_grad_(False)
+
+
+def _word_positions(prefix: PrefixCache, length: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotary positions ``B T 3`` of words, padding not counted, and the first one free after them."""
+    if visible is None:
+        visible = torch.ones(prefix.batch_size, length, dtype=torch.bool, device=prefix.next_position.device)
+    count = visible.cumsum(dim=1)
+    positions = prefix.next_position[:, None] + (count - 1).clamp(min=0)
+    return positions[..., None].expand(-1, -1, 3), prefix.next_position + count[:, -1]
+
+
+def _without(visible: Tensor | None, drop: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """``B T``: the visible words of the items that keep their text."""
+    if drop is None:
+        return visible
+    kept = (~drop)[:, None].expand(shape)
+    return kept if visible is None else visible & kept
