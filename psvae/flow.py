@@ -6,6 +6,7 @@ A *velocity* below is any callable (latents ``B …``, σ ``B``) → v, of the l
 a model and its prefixes, `from_sit` and `from_jit` of networks with other conventions; `sample` integrates one.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -243,10 +244,9 @@ class Guidance(Config):
     def combine(self, *velocities: Tensor) -> Tensor:
         """The velocities of `branches`, in that order → one."""
         if self.image_scale is None:
-            velocity = classifier_free(*velocities, self.scale)
+            velocity = classifier_free(velocities[0], velocities[1], self.scale)
         else:
-            scales = {"text_scale": self.scale, "image_scale": self.image_scale}
-            velocity = dual_guidance(*velocities, **scales, form=self.form)
+            velocity = dual_guidance(*velocities, text_scale=self.scale, image_scale=self.image_scale, form=self.form)
         if self.renorm is None:
             return velocity
         return renormalise(velocity, velocities[0], self.renorm_minimum, self.renorm)
@@ -268,7 +268,7 @@ def guided(model: Any, prefixes: Mapping[str, Any], guidance: Guidance, *, batch
     if missing:
         raise ConfigError(
             f"guidance needs the prefixes {', '.join(guidance.branches)}; {', '.join(missing)} is missing: "
-            "\"empty\" is PrefixCache.empty(...), \"image\" and \"text\" are encode_prefix with that part alone"
+            '"empty" is PrefixCache.empty(...), "image" and "text" are encode_prefix with that part alone'
         )
     branches = [prefixes[name] for name in guidance.branches]
     together = type(branches[0]).concat_batch(branches) if batched else None
@@ -315,7 +315,7 @@ def sample(
         return velocity(x.to(noise.dtype), torch.full((len(x),), sigma, device=x.device)).float()
 
     with torch.no_grad():
-        for index, (now, then) in enumerate(zip(steps[:-1], steps[1:], strict=True), start=1):
+        for index, (now, then) in enumerate(itertools.pairwise(steps), start=1):
             first = slope(state, now)
             ahead = state + (then - now) * first
             if solver == "heun" and then > 0:
@@ -328,7 +328,7 @@ def sample(
 
 def _descending(sigmas: Tensor) -> list[float]:
     steps = sigmas.tolist() if sigmas.ndim == 1 else []
-    falls = len(steps) > 1 and all(a > b for a, b in zip(steps[:-1], steps[1:], strict=True))
+    falls = len(steps) > 1 and all(a > b for a, b in itertools.pairwise(steps))
     if not falls or steps[0] > 1 or steps[-1] < 0:
         raise ShapeError(
             f"sigmas have shape {tuple(sigmas.shape)} and run {steps[:3]} to {steps[-1:]}; wanted one descending row "

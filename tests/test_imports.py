@@ -23,6 +23,7 @@ ALLOWED = {
     "nn": VOCABULARY,
     "hub": VOCABULARY | {"nn"},
     **dict.fromkeys(NOUNS, LOW),
+    "generators": LOW | {"flow"},
     "losses": VOCABULARY,
     "flow": VOCABULARY,
     "autoencoders": LOW | NOUNS,
@@ -39,6 +40,8 @@ ONLY_IN = {
 HEAVY = ("timm", "torchvision", "diffusers", "transformers", "matplotlib", "accelerate")
 
 PUBLIC = [
+    "DeepFusionDiT",
+    "DeepFusionDiTConfig",
     "DiagonalGaussian",
     "LatentSpec",
     "PSVAE",
@@ -50,6 +53,7 @@ PUBLIC = [
     "PixelVAE",
     "PixelVAEConfig",
     "PixelVAEOutput",
+    "PrefixCache",
     "SemanticEncoder",
     "SemanticEncoderConfig",
     "SemanticVAE",
@@ -58,6 +62,7 @@ PUBLIC = [
     "ViTPixelDecoderConfig",
     "__version__",
     "fit_latent_statistics",
+    "flow",
     "load_latent_statistics",
     "losses",
 ]

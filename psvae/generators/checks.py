@@ -32,7 +32,8 @@ def check_noisy(config: DeepFusionDiTConfig, latents: Tensor, timestep: Tensor) 
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ShapeError("latents hold NaN or infinity: look at the step that made them")
     if not (sigma_low >= 0 and sigma_high <= 1):
-        hint = "this looks like a timestep of 0 to 1000, divide it by 1000" if 1 < sigma_high <= 1000 else "see psvae.flow"
+        scaled = sigma_low >= 0 and sigma_high <= 1000
+        hint = "this looks like a timestep of 0 to 1000, divide it by 1000" if scaled else "see psvae.flow"
         raise ShapeError(f"timestep spans [{sigma_low:.4g}, {sigma_high:.4g}]; wanted σ in [0, 1], 1 for noise: {hint}")
 
 
@@ -69,8 +70,8 @@ def check_text(
     attention_mask: Tensor | None,
 ) -> Tensor | None:
     """At most one kind of text, of the kind that the fusion reads → its visible tokens ``B T``, None for all."""
-    names = ("input_ids", "inputs_embeds", "encoder_hidden_states")
-    given = {n: x for n, x in zip(names, (input_ids, inputs_embeds, encoder_hidden_states), strict=True) if x is not None}
+    kinds = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "encoder_hidden_states": encoder_hidden_states}
+    given = {name: text for name, text in kinds.items() if text is not None}
     if not given:
         return None
     if len(given) > 1:
@@ -110,7 +111,7 @@ def check_text(
 
 def _check_ids(config: DeepFusionDiTConfig, ids: Tensor) -> None:
     if ids.ndim != 2 or ids.is_floating_point() or 0 in ids.shape:
-        raise DtypeError(f"input_ids have shape {tuple(ids.shape)}, {ids.dtype}; wanted whole numbers, (B, T), T at least 1")
+        raise DtypeError(f"input_ids have shape {tuple(ids.shape)}, {ids.dtype}; wanted whole numbers, (B, T), T ≥ 1")
     if not _readable(ids):
         return
     low, high = torch.stack(ids.aminmax()).tolist()

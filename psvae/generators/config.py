@@ -1,5 +1,6 @@
 """The configuration of `DeepFusionDiT`, with the paper's sizes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,7 +88,8 @@ class DeepFusionDiTConfig(Config):
             self.require(getattr(self, name) >= 1, name, "at least 1")
         heads, pairs = self.num_attention_heads, self.num_key_value_heads
         self.require(heads % pairs == 0, "num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-        self.require(self.attention_head_dim >= 8 and self.attention_head_dim % 2 == 0, "attention_head_dim", "8, 10, …")
+        d = self.attention_head_dim
+        self.require(d >= 8 and d % 2 == 0, "attention_head_dim", "an even number from 8")
         additive = self.image_position == "additive_2d"
         self.require(not additive or self.hidden_size % 4 == 0, "hidden_size", "a multiple of 4, for its positions")
         wide = self.head_width % (4 * self.head_num_heads) == 0
@@ -108,8 +110,8 @@ class DeepFusionDiTConfig(Config):
         """For each block, which layer of the hidden states it reads."""
         if self.layer_map is not None:
             return self.layer_map
-        return tuple((block + 1) * self.text_layers // self.num_layers - 1 if self.text_layers > 1 else 0
-                     for block in range(self.num_layers))  # fmt: skip
+        blocks, layers = self.num_layers, self.text_layers
+        return tuple(math.ceil((block + 1) * layers / blocks) - 1 for block in range(blocks))
 
     @classmethod
     def qwen2_5_0_5b(cls, in_channels: int = 96) -> "DeepFusionDiTConfig":

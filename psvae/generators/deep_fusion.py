@@ -6,26 +6,34 @@ A segment attends to the segments before it and to itself, text causally, latent
 the noise, so whatever stands before them is encoded once, into a `PrefixCache`.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from psvae.errors import ConfigError
 from psvae.flow import velocity_from_clean
+from psvae.generators.build import decoder_blocks, head_of, initialise, text_projections
 from psvae.generators.checks import check_noisy, check_prefix, check_sources, check_text
 from psvae.generators.config import DeepFusionDiTConfig
-from psvae.generators.head import LinearHead, WideHead
+from psvae.generators.loading import copy_part, is_text, language_model_fields
 from psvae.generators.prefix import PrefixCache
-from psvae.generators.text import TextProjection, TimeEmbedding
+from psvae.generators.text import TimeEmbedding
+from psvae.hub.keymaps.bagel import BAGEL
+from psvae.hub.keymaps.ddt import DDT_HEAD
+from psvae.hub.keymaps.llm import LANGUAGE_MODEL
 from psvae.hub.mixin import HubMixin
+from psvae.hub.reading import Checkpoint
+from psvae.hub.source import Source
 from psvae.nn.attention import Backend, check_backend
-from psvae.nn.decoder import DecoderBlock, KeysValues, RMSNorm
+from psvae.nn.decoder import KeysValues, RMSNorm
 from psvae.nn.positions import sincos_grid
 from psvae.nn.rope import Rope, grid_positions, rope
 from psvae.shapes import Latents, Tokens
@@ -60,6 +68,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
     """
 
     config_class = DeepFusionDiTConfig
+    foreign_formats = (BAGEL,)
 
     def __init__(self, config: DeepFusionDiTConfig) -> None:
         super().__init__()
@@ -72,13 +81,13 @@ class DeepFusionDiT(nn.Module, HubMixin):
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, width) if has_words else None
         self.embed_latents = nn.Linear(config.in_channels * config.patch_size**2, width)
         self.embed_time = TimeEmbedding(width) if config.time_conditioning else None
-        self.text_projections = _text_projections(config)
-        self.layers = _blocks(config)
+        self.text_projections = text_projections(config)
+        self.layers = decoder_blocks(config)
         self.norm = RMSNorm(width, eps)
-        self.image_layers = _blocks(config) if two else None
+        self.image_layers = decoder_blocks(config) if two else None
         self.image_norm = RMSNorm(width, eps) if two else None
-        self.head = _head(config)
-        _initialise(self)
+        self.head = head_of(config)
+        initialise(self)
 
     # The data's path
 
@@ -115,10 +124,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
         hidden_states: list[Tokens] = []
         if condition is None:
             prefix = self._prefix(latents, prefix, prefix_inputs)
-            tokens = self._embed_image(patches, grid, time)
-            positions, _ = grid_positions(prefix.next_position, grid, config.image_rope)
-            tokens, _ = self._attend(tokens, positions, prefix, image=True, keep=(return_layers, hidden_states))
-            condition = self.image_norm(tokens) if self.image_norm else self.norm(tokens)
+            condition = self._trunk(patches, grid, time, prefix, (return_layers, hidden_states))
         output = self.head(patches, condition, time, grid, self.attention_backend)
         output = rearrange(
             output, "B (h w) (p q Z) -> B Z (h p) (w q)", h=grid[0], p=config.patch_size, q=config.patch_size
@@ -164,11 +170,11 @@ class DeepFusionDiT(nn.Module, HubMixin):
             batch = len(first) if first is not encoder_hidden_states else first.shape[-3]
             prefix = PrefixCache.empty(self.config, batch, device=first.device, dtype=first.dtype)
         if encoder_hidden_states is not None:
-            prefix = self._add_hidden_states(prefix, encoder_hidden_states, _without(visible, drop_text, encoder_hidden_states.shape[-3:-1]))
+            prefix = self._add_hidden_states(prefix, encoder_hidden_states, visible, drop_text)
         for source in sources:
             prefix = self._add_source(prefix, source, drop_source)
         if words is not None:
-            prefix, _ = self._add_words(prefix, words, _without(visible, drop_text, words.shape[:2]))
+            prefix, _ = self._add_words(prefix, words, visible, drop_text)
         return prefix
 
     def encode_text(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Tokens:
@@ -181,7 +187,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             raise ConfigError("this model has no text embedding")
         words = self.embed_tokens(input_ids)
         empty = PrefixCache.empty(self.config, len(words), device=words.device, dtype=words.dtype)
-        return self.norm(self._add_words(empty, words, visible)[1])
+        return self.norm(self._add_words(empty, words, visible, None)[1])
 
     # Segments
 
@@ -196,6 +202,20 @@ class DeepFusionDiT(nn.Module, HubMixin):
             prefix = PrefixCache.empty(self.config, len(latents), device=latents.device, dtype=latents.dtype)
         check_prefix(self.config, prefix, len(latents))
         return prefix
+
+    def _trunk(
+        self,
+        patches: Tensor,
+        grid: tuple[int, int],
+        time: Tensor | None,
+        prefix: PrefixCache,
+        keep: tuple[Sequence[int], list[Tokens]],
+    ) -> Tokens:
+        """Noisy latents: in full attention, seeing all of the prefix."""
+        tokens = self._embed_image(patches, grid, time)
+        positions, _ = grid_positions(prefix.next_position, grid, self.config.image_rope)
+        tokens, _ = self._attend(tokens, positions, prefix, image=True, keep=keep)
+        return self.norm(tokens) if self.image_norm is None else self.image_norm(tokens)
 
     def _embed_image(self, patches: Tensor, grid: tuple[int, int], time: Tensor | None) -> Tokens:
         """Patches ``B N p²Z`` → tokens, with position and time added (as in BAGEL)."""
@@ -220,9 +240,12 @@ class DeepFusionDiT(nn.Module, HubMixin):
         visible = (~drop)[:, None].expand(-1, tokens.shape[1])
         return prefix.extend(keys_values, visible, torch.where(drop, prefix.next_position, after))
 
-    def _add_words(self, prefix: PrefixCache, words: Tokens, visible: Tensor | None) -> tuple[PrefixCache, Tokens]:
+    def _add_words(
+        self, prefix: PrefixCache, words: Tokens, visible: Tensor | None, drop: Tensor | None
+    ) -> tuple[PrefixCache, Tokens]:
         """Text: causal, and sees all of the prefix so far."""
         check_prefix(self.config, prefix, len(words))
+        visible = _without(visible, drop, words.shape[1])
         positions, after = _word_positions(prefix, words.shape[1], visible)
         own = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).tril()
         own = own[None] if visible is None else own & visible[:, None]
@@ -232,15 +255,17 @@ class DeepFusionDiT(nn.Module, HubMixin):
         tokens, keys_values = self._attend(words, positions, prefix, image=False, mask=mask)
         return prefix.extend(keys_values, visible, after), tokens
 
-    def _add_hidden_states(self, prefix: PrefixCache, states: Tensor, visible: Tensor | None) -> PrefixCache:
+    def _add_hidden_states(
+        self, prefix: PrefixCache, states: Tensor, visible: Tensor | None, drop: Tensor | None
+    ) -> PrefixCache:
         """Another model's text: projected to each block's keys and values, once."""
         states = states if states.ndim == 4 else states[None]
         check_prefix(self.config, prefix, states.shape[1])
+        visible = _without(visible, drop, states.shape[2])
         positions, after = _word_positions(prefix, states.shape[2], visible)
         turns = self._rope(positions)
-        layers = self.config.text_layer_of_block
-        assert self.text_projections is not None  # checked by check_text
-        pairs = [project(states[layer], turns) for project, layer in zip(self.text_projections, layers, strict=True)]
+        layers, projections = self.config.text_layer_of_block, self.text_projections or ()
+        pairs = [project(states[layer], turns) for project, layer in zip(projections, layers, strict=True)]
         return prefix.extend(pairs, visible, after)
 
     def _attend(
@@ -274,6 +299,66 @@ class DeepFusionDiT(nn.Module, HubMixin):
     def _rope(self, positions: Int[Tensor, "B N 3"]) -> Rope:
         config = self.config
         return rope(positions, config.attention_head_dim, config.rope_theta, config.image_rope, config.rope_scaling)
+
+    # Weights of others
+
+    @classmethod
+    def from_llm(
+        cls,
+        repo_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        allow_pickle: bool = False,
+        **fields: Any,
+    ) -> Self:
+        """A new generator whose blocks are a language model's, as the paper's are Qwen2.5's; the rest is fresh.
+
+        With ``fusion="mot"`` the images' blocks start as copies of the text's (BAGEL, LMFusion).
+
+        Args:
+            repo_or_folder: of transformers, such as ``"Qwen/Qwen2.5-0.5B"``: Qwen2, Qwen2.5, Qwen3 or Llama.
+            revision, subfolder, local_files_only, token, cache_dir, allow_pickle: as in `from_pretrained`.
+            **fields: of `DeepFusionDiTConfig`, such as ``in_channels``; over those that the folder tells.
+
+        Raises:
+            CheckpointError: not such a model, or of another geometry than the fields say.
+        """
+        source = Source(
+            repo_or_folder, subfolder, revision=revision, local_files_only=local_files_only, token=token,
+            cache_dir=cache_dir,
+        )  # fmt: skip
+        checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
+        config = DeepFusionDiTConfig.from_dict({**language_model_fields(checkpoint), **fields})
+        if config.fusion == "prefix":
+            raise ConfigError("fusion='prefix' has no text blocks; run the language model and use PrefixCache.from_hf")
+        model = cls(config)
+        copy_part(model, checkpoint, LANGUAGE_MODEL, config.to_dict(), is_text)
+        if model.image_layers is not None and model.image_norm is not None:
+            model.image_layers.load_state_dict(model.layers.state_dict())
+            model.image_norm.load_state_dict(model.norm.state_dict())
+        return model
+
+    def load_rae_head(self, file: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
+        """Overwrite the wide head with that of RAE's generator (its stage-2 file); its trunk is left alone.
+
+        Raises:
+            CheckpointError: of another geometry; nothing is overwritten then.
+        """
+        source = Source(file, "")
+        checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
+        copy_part(self.head, checkpoint, DDT_HEAD, self.config.to_dict(), lambda key: True)
+
+    def export_rae_head(self, file: str | os.PathLike[str]) -> None:
+        """Write the wide head under RAE's names, as safetensors."""
+        state, config = self.head.state_dict(), self.config.to_dict()
+        theirs: dict[str, Tensor] = {}
+        for key, rule in DDT_HEAD.rules(list(state), config, {}).items():
+            theirs |= rule.save(rule.theirs, state[key])
+        save_file({name: tensor.detach().contiguous() for name, tensor in theirs.items()}, file)
 
     # Settings
 
@@ -311,59 +396,6 @@ class DeepFusionDiT(nn.Module, HubMixin):
         return f"Z={config.in_channels}, patch_size={config.patch_size}, fusion={config.fusion!r}, head={config.head!r}"
 
 
-def _blocks(config: DeepFusionDiTConfig) -> nn.ModuleList:
-    return nn.ModuleList(
-        DecoderBlock(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim,
-            config.intermediate_size, bias=config.attention_bias, qk_norm=config.qk_norm,
-            norm_eps=config.rms_norm_eps,
-        )
-        for _ in range(config.num_layers)
-    )  # fmt: skip
-
-
-def _text_projections(config: DeepFusionDiTConfig) -> nn.ModuleList | None:
-    if config.text_hidden_size is None:
-        return None
-    return nn.ModuleList(
-        TextProjection(
-            config.text_hidden_size, config.num_key_value_heads, config.attention_head_dim, qk_norm=config.qk_norm,
-            norm_eps=config.rms_norm_eps,
-        )
-        for _ in range(config.num_layers)
-    )  # fmt: skip
-
-
-def _head(config: DeepFusionDiTConfig) -> LinearHead | WideHead:
-    patch_channels = config.in_channels * config.patch_size**2
-    if config.head == "linear":
-        return LinearHead(config.hidden_size, patch_channels)
-    return WideHead(
-        config.hidden_size, patch_channels, config.head_width, config.head_depth, config.head_num_heads,
-        config.head_intermediate_size, norm_eps=config.head_norm_eps, rope_theta=config.head_rope_theta,
-        final_modulation=config.head_final_modulation,
-    )  # fmt: skip
-
-
-def _initialise(model: DeepFusionDiT) -> None:
-    """Blocks as a language model's (std 0.02), new layers Xavier, modulations and the last layer zero (RAE, BAGEL)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.embed_latents.weight)
-    for name, module in model.head.named_modules():
-        if isinstance(module, nn.Linear):
-            zero = name.endswith(("modulation", "out"))
-            (nn.init.zeros_ if zero else nn.init.xavier_uniform_)(module.weight)
-    if model.config.fusion == "mot":
-        # the text's last tokens lead nowhere but to `encode_text`: DDP would wait for their gradients
-        last = model.layers[-1]
-        for unused in (last.proj, last.norm2, last.mlp, last.q_norm, model.norm):
-            unused.requires_grad_(False)
-
-
 def _word_positions(prefix: PrefixCache, length: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rotary positions ``B T 3`` of words, padding not counted, and the first one free after them."""
     if visible is None:
@@ -373,9 +405,9 @@ def _word_positions(prefix: PrefixCache, length: int, visible: Tensor | None) ->
     return positions[..., None].expand(-1, -1, 3), prefix.next_position + count[:, -1]
 
 
-def _without(visible: Tensor | None, drop: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+def _without(visible: Tensor | None, drop: Tensor | None, length: int) -> Tensor | None:
     """``B T``: the visible words of the items that keep their text."""
     if drop is None:
         return visible
-    kept = (~drop)[:, None].expand(shape)
+    kept = (~drop)[:, None].expand(-1, length)
     return kept if visible is None else visible & kept

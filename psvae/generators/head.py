@@ -89,7 +89,7 @@ class WideHead(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """x + g₁ attention(norm(x) (1 + s₁) + b₁), then x + g₂ mlp(norm(x) (1 + s₂) + b₂), six numbers per token and channel."""
+    """x + g₁ attention(norm(x) (1 + s₁) + b₁), then x + g₂ mlp(norm(x) (1 + s₂) + b₂), token by token."""
 
     def __init__(self, width: int, heads: int, hidden: int, norm_eps: float) -> None:
         super().__init__()

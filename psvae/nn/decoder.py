@@ -98,4 +98,3 @@ class DecoderBlock(nn.Module):
         keys, values = (torch.cat([before.to(own.dtype), own], dim=2) for before, own in zip(past, (k, v), strict=True))
         x = x + self.proj(rearrange(attention(q, keys, values, mask, backend), "B heads N d -> B N (heads d)"))
         return x + self.mlp(self.norm2(x)), (k, v)
-

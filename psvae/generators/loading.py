@@ -1,0 +1,50 @@
+"""Weights of other projects into a part of `DeepFusionDiT`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from psvae.errors import CheckpointError
+from psvae.hub.formats import Format
+from psvae.hub.keymaps.llm import LANGUAGE_MODEL
+from psvae.hub.reading import Checkpoint
+
+__all__ = ["copy_part", "is_text", "language_model_fields"]
+
+
+def language_model_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of `DeepFusionDiTConfig` that a language model's folder tells.
+
+    Raises:
+        CheckpointError: not a Qwen2, Qwen2.5, Qwen3 or Llama of transformers.
+    """
+    if not LANGUAGE_MODEL.recognise(checkpoint.config, checkpoint.header):
+        kind = None if checkpoint.config is None else checkpoint.config.get("model_type")
+        raise CheckpointError(
+            f"{checkpoint.source} holds a model of type {kind!r} with weights named like "
+            f"{', '.join(list(checkpoint.header)[:2])}; wanted a qwen2, qwen3 or llama folder of transformers"
+        )
+    return LANGUAGE_MODEL.read_config(checkpoint.config, checkpoint.header)
+
+
+def is_text(key: str) -> bool:
+    """Whether a language model brings this tensor."""
+    return key.startswith(("embed_tokens.", "layers.", "norm."))
+
+
+def copy_part(
+    module: nn.Module, checkpoint: Checkpoint, layout: Format, config: Mapping[str, Any], wanted: Callable[[str], bool]
+) -> None:
+    """Overwrite some of a module's tensors with a file's, strictly: all that are wanted, and nothing left over.
+
+    Raises:
+        CheckpointError: missing, unexpected or mis-shaped tensors, all listed; nothing is overwritten then.
+    """
+    ours: dict[str, Tensor] = {key: value for key, value in module.state_dict().items() if wanted(key)}
+    rules = layout.rules(list(ours), config, checkpoint.header)
+    first = next(iter(ours.values()))
+    ignored = layout.unneeded(config, checkpoint.header)
+    theirs = checkpoint.read(ours, rules, ignored=ignored, dtype=first.dtype, device=first.device)
+    for key, value in theirs.items():
+        ours[key].copy_(value)  # state_dict's tensors are detached views of the parameters
