@@ -15,7 +15,7 @@ from .compose import TASKS, example
 from .edits import EDITS, edit_example, region
 from .world import SIZE, draw
 
-ZOOM, TEXT, GAP = 3, 34, 8  # pixels per pixel; height of the words; space between pictures
+ZOOM, TEXT, GAP = 3, 46, 8  # pixels per pixel; height of the words; space between pictures
 
 
 def sheet(cells: list[tuple[list[Tensor], str]], columns: int) -> Image.Image:
