@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -46,6 +46,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 Network = Callable[..., Tensor]
 Sigmas = Float[Tensor, " B"]
 Reduction = Literal["mean", "none"]
+Form = Literal["nested", "additive"]
+Over = Literal["global", "channel"]
+Solver = Literal["euler", "heun"]
 
 SIGMA_FLOOR = 0.05  # JiT's: x̂ says nothing of v at σ = 0
 
@@ -117,7 +120,9 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 
 def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Mean of (v − (ε − x))², in fp32; with ``reduction="none"`` one mean per item, ``B``, to be weighed by σ."""
-    error = F.mse_loss(velocity.float(), velocity_target(latents, noise).float(), reduction="none").flatten(1).mean(1)
+    _one_of("reduction", reduction, Reduction)
+    target = velocity_target(latents.float(), noise.float())
+    error = F.mse_loss(velocity.float(), target, reduction="none").flatten(1).mean(1)
     return error.mean() if reduction == "mean" else error
 
 
@@ -175,7 +180,7 @@ def dual_guidance(
     *,
     text_scale: float,
     image_scale: float,
-    form: Literal["nested", "additive"],
+    form: Form,
 ) -> Tensor:
     """Guidance towards the instruction and the source image, in one of the two published forms.
 
@@ -190,21 +195,23 @@ def dual_guidance(
     Args:
         full: of source and text. image: of the source alone.
     """
+    _one_of("form", form, Form)
     if form == "nested":
         return classifier_free(classifier_free(full, image, text_scale), other, image_scale)
     return other + image_scale * (image - other) + text_scale * (full - image)
 
 
-def renormalise(guided: Tensor, reference: Tensor, minimum: float, over: Literal["global", "channel"]) -> Tensor:
+def renormalise(guided: Tensor, reference: Tensor, minimum: float, over: Over) -> Tensor:
     """v · clamp(‖reference‖ / ‖v‖, minimum, 1), item by item (BAGEL): guidance may not lengthen the velocity.
 
     Args:
         guided, reference: ``B Z h w``.
         over: the axes of the norm: the whole item, or the channels of each cell.
     """
+    _one_of("over", over, Over)
     axes = tuple(range(1, guided.ndim)) if over == "global" else (1,)
-    norm = guided.float().norm(dim=axes, keepdim=True).clamp(min=1e-8)
-    factor = (reference.float().norm(dim=axes, keepdim=True) / norm).clamp(minimum, 1.0)
+    wanted, got = (torch.linalg.vector_norm(x.float(), dim=axes, keepdim=True) for x in (reference, guided))
+    factor = (wanted / got.clamp(min=1e-8)).clamp(minimum, 1.0)
     return guided * factor.to(guided.dtype)
 
 
@@ -224,9 +231,9 @@ class Guidance(Config):
 
     scale: float = 6.5
     image_scale: float | None = None
-    form: Literal["nested", "additive"] = "nested"
+    form: Form = "nested"
     interval: tuple[float, float] = (0.0, 1.0)
-    renorm: Literal["global", "channel"] | None = None
+    renorm: Over | None = None
     renorm_minimum: float = 0.0
 
     def validate(self) -> None:
@@ -272,7 +279,7 @@ def guided(model: Any, prefixes: Mapping[str, Any], guidance: Guidance, *, batch
         )
     branches = [prefixes[name] for name in guidance.branches]
     together = type(branches[0]).concat_batch(branches) if batched else None
-    low, high = guidance.interval
+    low, high = torch.tensor(guidance.interval).tolist()  # in fp32, as σ is: 0.8 is not above 0.8
 
     def velocity(latents: Tensor, sigmas: Sigmas) -> Tensor:
         if not low < float(sigmas[0]) <= high:
@@ -294,7 +301,7 @@ def sample(
     noise: Tensor,
     sigmas: Float[Tensor, " N1"],
     *,
-    solver: Literal["euler", "heun"] = "euler",
+    solver: Solver = "euler",
     callback: Callable[[int, float, Tensor], None] | None = None,
 ) -> Tensor:
     """Integrate from noise to clean latents; the state is kept in fp32, the velocity gets ``noise.dtype``.
@@ -307,7 +314,9 @@ def sample(
 
     Raises:
         ShapeError: sigmas are not one descending row within [0, 1].
+        ConfigError: another solver.
     """
+    _one_of("solver", solver, Solver)
     steps = _descending(sigmas)
     state = noise.float()
 
@@ -335,6 +344,11 @@ def _descending(sigmas: Tensor) -> list[float]:
             "within [0, 1], as sigma_schedule(50, shift=3.0) makes"
         )
     return steps
+
+
+def _one_of(name: str, value: Any, options: Any) -> None:
+    if value not in get_args(options):
+        raise ConfigError(f"{name} is {value!r}; wanted {' or '.join(map(repr, get_args(options)))}")
 
 
 def _broadcast(sigmas: Tensor, like: Tensor) -> Tensor:
