@@ -87,7 +87,7 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
 
 def _caption(rng: random.Random, kinds: list[Kind], relation: str | None, background: str) -> Prompt:
     """Everything that is in the scene; its colours, its relation and its background not always."""
-    coloured = rng.random() < 0.75
+    coloured = rng.random() < 0.75 and len(set(kinds)) <= 3  # four colours would be too many words
     groups = Counter((shape, colour if coloured else None) for colour, shape in kinds)
     wanted = [Wanted(*kind, count) for kind, count in groups.items()]
     if len(wanted) < 2:

@@ -19,7 +19,9 @@ from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, silhouette
 
 LEAST_AREA = 30  # pixels; a triangle of size 12 has 68
 STRANGE = 0.25  # RGB distance from every mixture, from which on a pixel is no colour of ours
-TEMPLATE_SIZES = range(12, 31)
+TEMPLATE_SIZES = range(14, 30, 2)
+BLURS = (0.0, 1.0, 1.8, 2.6)  # a decoder's picture is never quite sharp
+TAIL = 6  # pixels around a blob that still belong to it, where nothing else is nearer
 SHIFT, WINDOW = 3, 39  # pixels searched around the middle of what is seen; side of the compared window
 CONFIDENT = 0.75
 
@@ -100,20 +102,19 @@ def _coverage(pixels: Tensor, base: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _templates() -> tuple[list[tuple[str, int, int, int]], Tensor, Tensor]:
-    """Every (shape, size, dx, dy), and its window and squared window, both ``WINDOW² templates``."""
+    """Every (shape, size, dx, dy), sharp and blurred; its window and squared window, both ``WINDOW² templates``."""
     names, windows = [], []
+    shifts = range(-SHIFT, SHIFT + 1)
     for shape in SHAPES:
         for size in TEMPLATE_SIZES:
-            coverage = silhouette(shape, size)
-            spare = max(len(coverage) // 2 - (WINDOW // 2 - SHIFT), 0)  # empty border that the window has no room for
-            coverage = coverage[spare : len(coverage) - spare, spare : len(coverage) - spare]
-            for dy in range(-SHIFT, SHIFT + 1):
-                for dx in range(-SHIFT, SHIFT + 1):
-                    window = np.zeros((WINDOW, WINDOW), np.float32)
-                    top, left = ((WINDOW - len(coverage)) // 2 + shift for shift in (dy, dx))
-                    window[top : top + len(coverage), left : left + len(coverage)] = coverage
-                    names.append((shape, size, dx, dy))
-                    windows.append(window.ravel())
+            coverage = np.pad(silhouette(shape, size), WINDOW // 2)
+            for blur in BLURS:
+                wide = ndimage.gaussian_filter(coverage, blur) if blur else coverage
+                for dy in shifts:
+                    for dx in shifts:
+                        top, left = ((len(wide) - WINDOW) // 2 - shift for shift in (dy, dx))
+                        names.append((shape, size, dx, dy))
+                        windows.append(wide[top : top + WINDOW, left : left + WINDOW].ravel())
     stacked = torch.from_numpy(np.stack(windows, axis=1))
     return names, stacked, stacked.square()
 
@@ -136,21 +137,32 @@ def _things(colour: np.ndarray, coverage: np.ndarray, confident: float) -> list[
         return [() for _ in found]
     border = (WINDOW // 2, WINDOW // 2)
     padded = np.pad(blobs, ((0, 0), border, border), constant_values=-1)  # outside the picture anything may be
+    nearest = np.pad(_cells(blobs), ((0, 0), border, border), constant_values=-1)
     covers = np.pad(coverage, ((0, 0), (0, 0), border, border))
     seen, known, middles = [], [], []
     for blob, number, (image, rows, columns) in places:
         y, x = (rows.start + rows.stop - 1) // 2, (columns.start + columns.stop - 1) // 2
         cut = (slice(y, y + WINDOW), slice(x, x + WINDOW))  # padded by half a window, so (y, x) is in its middle
-        around = padded[image.start][cut]
+        around, cells = padded[image.start][cut], nearest[image.start][cut]
         mine = around == blob
         other = ndimage.binary_dilation((around != 0) & ~mine)
-        seen.append(covers[image.start, number][cut] * ndimage.binary_dilation(mine, iterations=2))
-        known.append(mine | ~other)
+        seen.append(covers[image.start, number][cut] * (cells == blob))
+        known.append(mine | ((cells == blob) | (cells == 0)) & ~other)
         middles.append((image.start, number, x, y))
     for (image, number, x, y), (shape, size, dx, dy), overlap in _match(np.stack(seen), np.stack(known), middles):
         if overlap >= confident:
             found[image].append(Found(shape, list(COLOURS)[number], x + dx, y + dy, size, round(overlap, 3)))
     return [tuple(sorted(things, key=lambda thing: -thing.confidence)) for things in found]
+
+
+def _cells(blobs: np.ndarray) -> np.ndarray:
+    """The blob nearest to each pixel, 0 where none is within `TAIL`: ``B H W``."""
+    cells = np.zeros_like(blobs)
+    for cell, blob in zip(cells, blobs, strict=True):
+        if blob.any():
+            distance, (rows, columns) = ndimage.distance_transform_edt(blob == 0, return_indices=True)
+            cell[:] = np.where(distance <= TAIL, blob[rows, columns], 0)
+    return cells
 
 
 def _match(seen: np.ndarray, known: np.ndarray, middles: list) -> list[tuple]:

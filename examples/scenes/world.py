@@ -138,8 +138,9 @@ def draw(scene: Scene) -> Tensor:
     image = np.clip(np.asarray(BACKGROUNDS[back.name], np.float32)[:, None, None] + light, 0.0, 1.0)
     for thing in scene.things:
         rows, columns, coverage = _window(thing)
-        below = image[:, rows, columns]
-        below += coverage * (np.asarray(COLOURS[thing.colour], np.float32)[:, None, None] - below)
+        colour = np.asarray(COLOURS[thing.colour], np.float32)[:, None, None]
+        # In this form, a pixel that is covered wholly keeps no trace of what is below.
+        image[:, rows, columns] = image[:, rows, columns] * (1 - coverage) + colour * coverage
     return torch.from_numpy(image * 2.0 - 1.0)
 
 
