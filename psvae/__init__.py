@@ -5,8 +5,8 @@ The data's path, and the module that walks each step of it::
     image ─SemanticEncoder─▶ features ─SemanticVAE─▶ latent ─PixelDecoder─▶ image
                              [source, text, noisy latent] ─DeepFusionDiT─▶ velocity
 
-`PSVAE` wires the first three behind the face of a Stable-Diffusion-style VAE; `flow` integrates the velocity. Names are resolved on first
-use, so that ``import psvae`` costs no more than ``import torch``.
+`PSVAE` wires the first three behind the face of a Stable-Diffusion-style VAE; `flow` integrates the velocity.
+Names are resolved on first use, so that ``import psvae`` costs no more than ``import torch``.
 """
 
 import importlib

@@ -8,8 +8,7 @@ the noise, so whatever stands before them is encoded once, into a `PrefixCache`.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -41,8 +40,7 @@ from psvae.shapes import Latents, Tokens
 __all__ = ["DeepFusionDiT", "DeepFusionOutput"]
 
 
-@dataclass
-class DeepFusionOutput:
+class DeepFusionOutput(NamedTuple):
     """What `DeepFusionDiT` returns.
 
     Attributes:

@@ -92,7 +92,7 @@ class PrefixCache:
         return cls(keys, values, mask, count)
 
     @classmethod
-    def concat_batch(cls, parts: Sequence[Self]) -> Self:
+    def concat_batch(cls, parts: Sequence["PrefixCache"]) -> Self:
         """Join along the batch, as for the branches of guidance; shorter ones are padded and masked.
 
         Raises:

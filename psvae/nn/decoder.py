@@ -12,7 +12,8 @@ from psvae.shapes import Tokens
 
 __all__ = ["DecoderBlock", "KeysValues", "RMSNorm", "SwiGLU"]
 
-KeysValues = tuple[Float[Tensor, "B kv P d"], Float[Tensor, "B kv P d"]]
+KeysValues = tuple[Float[Tensor, "B kv N d"], Float[Tensor, "B kv N d"]]  # of one segment's tokens
+Past = tuple[Float[Tensor, "B kv P d"], Float[Tensor, "B kv P d"]]  # of all before it
 
 
 class RMSNorm(nn.Module):
@@ -77,8 +78,8 @@ class DecoderBlock(nn.Module):
         self,
         x: Tokens,
         rope: Rope,
-        past: KeysValues,
-        mask: Bool[Tensor, "B 1 N1 P"] | None,
+        past: Past,
+        mask: Bool[Tensor, "B 1 N1 PN"] | None,
         backend: Backend = "sdpa",
     ) -> tuple[Tokens, KeysValues]:
         """One segment attends to what came before it and to itself.

@@ -12,7 +12,7 @@ from psvae.config import Config
 
 __all__ = ["ImageRope", "Rope", "RopeScaling", "axial_rope", "grid_positions", "rope", "rotate"]
 
-Rope = tuple[Float[Tensor, "B 1 N half"], Float[Tensor, "B 1 N half"]]  # cosines and sines, fp32
+Rope = tuple[Float[Tensor, "#B 1 N half"], Float[Tensor, "#B 1 N half"]]  # cosines and sines, fp32
 Positions = Int[Tensor, "B N 3"]  # time, row, column; a word has the same number three times
 ImageRope = Literal["shared_index", "1d", "2d", "mrope"]
 
