@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from psvae.errors import ConfigError
 from psvae.flow import velocity_from_clean
 from psvae.generators.build import decoder_blocks, head_of, initialise, text_projections
-from psvae.generators.checks import check_noisy, check_prefix, check_sources, check_text
+from psvae.generators.checks import (
+    check_batch,
+    check_condition,
+    check_names,
+    check_noisy,
+    check_prefix,
+    check_sources,
+    check_text,
+)
 from psvae.generators.config import DeepFusionDiTConfig
 from psvae.generators.loading import copy_part, is_text, language_model_fields
 from psvae.generators.prefix import PrefixCache
@@ -111,10 +119,11 @@ class DeepFusionDiT(nn.Module, HubMixin):
             **prefix_inputs: arguments of `encode_prefix` in place of ``prefix``: the form for training.
 
         Raises:
-            ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integer latents.
-            ConfigError: the prefix is another model's.
+            ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers.
+            ConfigError: the prefix is another model's; a misspelt keyword.
         """
         config = self.config
+        check_names(config, prefix_inputs, return_layers)
         check_noisy(config, latents, timestep)
         grid = (latents.shape[2] // config.patch_size, latents.shape[3] // config.patch_size)
         patches = rearrange(latents, "B Z (h p) (w q) -> B (h w) (p q Z)", p=config.patch_size, q=config.patch_size)
@@ -123,6 +132,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
         if condition is None:
             prefix = self._prefix(latents, prefix, prefix_inputs)
             condition = self._trunk(patches, grid, time, prefix, (return_layers, hidden_states))
+        check_condition(config, condition, len(latents), patches.shape[1])
         output = self.head(patches, condition, time, grid, self.attention_backend)
         output = rearrange(
             output, "B (h w) (p q Z) -> B Z (h p) (w q)", h=grid[0], p=config.patch_size, q=config.patch_size
@@ -161,12 +171,18 @@ class DeepFusionDiT(nn.Module, HubMixin):
         visible = check_text(self.config, input_ids, inputs_embeds, encoder_hidden_states, attention_mask)
         sources = check_sources(self.config, source_latents)
         words = self.embed_tokens(input_ids) if self.embed_tokens and input_ids is not None else inputs_embeds
-        first = next((x for x in (words, encoder_hidden_states, *sources) if x is not None), None)
+        text = words if encoder_hidden_states is None else encoder_hidden_states
+        sizes = {} if text is None else {"text": text.shape[-3]}
+        sizes |= {"source_latents": len(image) for image in sources} | ({"prefix": prefix.batch_size} if prefix else {})
+        check_batch(sizes, drop_text=drop_text, drop_source=drop_source)
         if prefix is None:
+            first = next((x for x in (text, *sources) if x is not None), None)
             if first is None:
-                raise ConfigError("neither text nor source_latents came; PrefixCache.empty(...) is no condition")
-            batch = len(first) if first is not encoder_hidden_states else first.shape[-3]
-            prefix = PrefixCache.empty(self.config, batch, device=first.device, dtype=first.dtype)
+                raise ConfigError(
+                    "neither text nor source_latents came; wanted one of them: PrefixCache.empty(...) is no condition"
+                )
+            prefix = PrefixCache.empty(self.config, sizes.popitem()[1], device=first.device, dtype=first.dtype)
+        check_prefix(self.config, prefix, prefix.batch_size)
         if encoder_hidden_states is not None:
             prefix = self._add_hidden_states(prefix, encoder_hidden_states, visible, drop_text)
         for source in sources:
@@ -225,7 +241,6 @@ class DeepFusionDiT(nn.Module, HubMixin):
     def _add_source(self, prefix: PrefixCache, source: Latents, drop: Tensor | None) -> PrefixCache:
         """Clean latents: in full attention, at σ = 0."""
         config, p = self.config, self.config.patch_size
-        check_prefix(config, prefix, len(source))
         grid = (source.shape[2] // p, source.shape[3] // p)
         clean = torch.zeros(len(source), device=source.device)
         time = self.embed_time(clean, source.dtype) if self.embed_time else None
@@ -242,7 +257,6 @@ class DeepFusionDiT(nn.Module, HubMixin):
         self, prefix: PrefixCache, words: Tokens, visible: Tensor | None, drop: Tensor | None
     ) -> tuple[PrefixCache, Tokens]:
         """Text: causal, and sees all of the prefix so far."""
-        check_prefix(self.config, prefix, len(words))
         visible = _without(visible, drop, words.shape[1])
         positions, after = _word_positions(prefix, words.shape[1], visible)
         own = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).tril()
@@ -258,7 +272,6 @@ class DeepFusionDiT(nn.Module, HubMixin):
     ) -> PrefixCache:
         """Another model's text: projected to each block's keys and values, once."""
         states = states if states.ndim == 4 else states[None]
-        check_prefix(self.config, prefix, states.shape[1])
         visible = _without(visible, drop, states.shape[2])
         positions, after = _word_positions(prefix, states.shape[2], visible)
         turns = self._rope(positions)
@@ -324,6 +337,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
 
         Raises:
             CheckpointError: not such a model, or of another geometry than the fields say.
+            ConfigError: ``fusion="prefix"``, which has no text blocks.
         """
         source = Source(
             repo_or_folder, subfolder, revision=revision, local_files_only=local_files_only, token=token,
@@ -344,14 +358,20 @@ class DeepFusionDiT(nn.Module, HubMixin):
         """Overwrite the wide head with that of RAE's generator (its stage-2 file); its trunk is left alone.
 
         Raises:
-            CheckpointError: of another geometry; nothing is overwritten then.
+            CheckpointError: of another geometry; nothing is overwritten then. ConfigError: the head is not wide.
         """
+        self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
         source = Source(file, "")
         checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
         copy_part(self.head, checkpoint, DDT_HEAD, self.config.to_dict(), lambda key: True)
 
     def export_rae_head(self, file: str | os.PathLike[str]) -> None:
-        """Write the wide head under RAE's names, as safetensors."""
+        """Write the wide head under RAE's names, as safetensors.
+
+        Raises:
+            ConfigError: the head is not wide.
+        """
+        self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
         state, config = self.head.state_dict(), self.config.to_dict()
         theirs: dict[str, Tensor] = {}
         for key, rule in DDT_HEAD.rules(list(state), config, {}).items():

@@ -57,6 +57,7 @@ class PrefixCache:
         past_key_values: Any,
         attention_mask: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         layer_map: Sequence[int] | None = None,
     ) -> Self:
         """Copy a transformers cache, which goes on growing when it is used: the copy does not.
@@ -64,32 +65,37 @@ class PrefixCache:
         Args:
             past_key_values: what a language model returned, or a sequence of (keys, values) per layer.
             attention_mask: ``B P``, the tokenizer's; None where nothing is padded.
+            position_ids: ``B P``, what the language model was given, such as by ``generate`` for padding on the
+                left; None where it counted 0, 1, 2, … from the first token, padding included.
             layer_map: for each layer of the generator, the language model's; None for one to one.
 
         Raises:
-            ShapeError: layers of different geometry, or truncated by a sliding window.
+            ShapeError: layers of different geometry, empty, or truncated by a sliding window.
         """
-        layers = getattr(past_key_values, "layers", past_key_values)
-        pairs = [(x.keys, x.values) if hasattr(x, "keys") else (x[0], x[1]) for x in layers]
-        if layer_map is not None:
-            pairs = [pairs[index] for index in layer_map]
-        shapes = {tuple(keys.shape) for keys, _ in pairs}
+        layers = list(getattr(past_key_values, "layers", past_key_values))
+        order = range(len(layers)) if layer_map is None else layer_map
+        if not layers or not all(0 <= index < len(layers) for index in order):
+            raise ShapeError(f"the cache has {len(layers)} layers; wanted layers {list(order)}: see layer_map")
+        pairs = [_keys_values(layers[index], index) for index in order]
+        shapes = {tuple(x.shape) for pair in pairs for x in pair}
         if len(shapes) != 1:
             raise ShapeError(
-                f"the cache's layers have keys of shapes {sorted(shapes)}; wanted one: layers with a sliding window "
-                "drop tokens unless the language model is given past_key_values=DynamicCache(), and layers of "
-                "different geometry need a layer_map that picks equal ones"
+                f"the cache's layers have keys and values of shapes {sorted(shapes)}; wanted one: a layer_map can pick "
+                "layers of equal geometry"
             )
         (batch, _, length, _), device = shapes.pop(), pairs[0][0].device
         mask = None if attention_mask is None else attention_mask.bool().to(device)
-        if mask is not None and tuple(mask.shape) != (batch, length):
-            raise ShapeError(
-                f"attention_mask has shape {tuple(mask.shape)}; the cache holds ({batch}, {length}): a sliding "
-                "window dropped tokens, or the mask is another prompt's"
-            )
-        count = torch.full((batch,), length, device=device) if mask is None else mask.sum(dim=1)
+        places = torch.arange(length, device=device)[None] if position_ids is None else position_ids.to(device)
+        for name, given in (("attention_mask", mask), ("position_ids", places)):
+            if given is not None and tuple(given.shape) not in ((batch, length), (1, length)):
+                raise ShapeError(
+                    f"{name} has shape {tuple(given.shape)}; the cache holds ({batch}, {length}): it is another "
+                    "prompt's, or leaves out tokens that were cached before"
+                )
+        mask = None if mask is None else mask.expand(batch, -1)
+        places = places.expand(batch, -1) if mask is None else places.masked_fill(~mask, -1)
         keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
-        return cls(keys, values, mask, count)
+        return cls(keys, values, mask, places.amax(dim=1) + 1)
 
     @classmethod
     def concat_batch(cls, parts: Sequence["PrefixCache"]) -> Self:
@@ -170,6 +176,23 @@ class PrefixCache:
     def detach(self) -> Self:
         """Without gradient."""
         return replace(self, keys=self.keys.detach(), values=self.values.detach())
+
+
+def _keys_values(layer: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Of one layer of a transformers cache, or of a pair."""
+    keys, values = (layer.keys, layer.values) if hasattr(layer, "keys") else (layer[0], layer[1])
+    if keys is None or keys.ndim != 4:
+        raise ShapeError(
+            f"layer {index} of the cache holds no keys (B, heads, P, d): run the language model on the prompt first; "
+            "layers without attention can be left out by layer_map"
+        )
+    seen = int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else keys.shape[2]
+    if seen > keys.shape[2]:
+        raise ShapeError(
+            f"layer {index} of the cache keeps {keys.shape[2]} of {seen} tokens, those in its sliding window; wanted "
+            "all: give the language model past_key_values=DynamicCache()"
+        )
+    return keys[:, :, :seen], values[:, :, :seen]  # a static cache is longer than its content
 
 
 def _pad(x: Tensor, length: int) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["INDEX", "WEIGHTS", "Checkpoint", "read_pickle"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-WRAPPERS = ("state_dict", "model")  # under which training scripts put the weights
+WRAPPERS = ("state_dict", "ema", "model")  # under which training scripts put the weights, the average first
 PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
 
 

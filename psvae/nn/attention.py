@@ -1,6 +1,6 @@
 """The one attention of the package."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from psvae.errors import MissingDependencyError
+from psvae.errors import ConfigError, MissingDependencyError
 from psvae.shapes import Tokens
 
 __all__ = ["Backend", "SelfAttention", "attention", "check_backend"]
@@ -53,8 +53,10 @@ def check_backend(backend: Backend, device: torch.device) -> None:
     """Run one small attention, so that a back-end fails when it is chosen and not in the middle of training.
 
     Raises:
-        MissingDependencyError: xformers is absent, or does not run on this device.
+        ConfigError: of another name. MissingDependencyError: xformers is absent, or does not run on this device.
     """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"the attention back-end is {backend!r}; wanted {' or '.join(map(repr, get_args(Backend)))}")
     if backend == "sdpa":
         return
     try:

@@ -52,17 +52,20 @@ def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
     config = config or {}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    refused = {
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "use_sliding_window": bool(config.get("use_sliding_window")),
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "attention_bias": config.get("model_type") != "qwen2" and bool(config.get("attention_bias")),  # on o_proj too
-        "rope_type": kind not in ("default", "llama3"),
+    built = {
+        "hidden_act": (config.get("hidden_act", "silu"), ("silu",)),
+        "use_sliding_window": (config.get("use_sliding_window"), (False, None)),
+        "mlp_bias": (config.get("mlp_bias"), (False, None)),
+        "attention_bias": (config["model_type"] != "qwen2" and config.get("attention_bias"), (False, None)),  # o_proj's
+        "rope_type": (kind, ("default", "llama3")),
     }
-    for name, wrong in refused.items():
-        if wrong:
-            value = kind if name == "rope_type" else config[name]
-            raise CheckpointError(f"config.json has {name} {value!r}; no such block is built here")
+    for name, (value, wanted) in built.items():
+        if value not in wanted:
+            raise CheckpointError(
+                f"config.json of a {config['model_type']} has {name} {value!r}; wanted "
+                f"{' or '.join(repr(x) for x in wanted if x is not None)}, no other block is built here: such a model "
+                "conditions a generator of fusion='prefix', through PrefixCache.from_hf"
+            )
     try:
         heads, width = config["num_attention_heads"], config["hidden_size"]
         return {
@@ -73,7 +76,7 @@ def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
             "attention_head_dim": config.get("head_dim") or width // heads,
             "intermediate_size": config["intermediate_size"],
             "rms_norm_eps": config["rms_norm_eps"],
-            "rope_theta": config.get("rope_theta") or rope["rope_theta"],
+            "rope_theta": config.get("rope_theta") or rope.get("rope_theta", 10000.0),
             "rope_scaling": {name: rope[name] for name in LLAMA3} if kind == "llama3" else None,
             "attention_bias": config["model_type"] == "qwen2",
             "qk_norm": config["model_type"] == "qwen3",
