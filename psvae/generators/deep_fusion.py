@@ -173,7 +173,10 @@ class DeepFusionDiT(nn.Module, HubMixin):
         words = self.embed_tokens(input_ids) if self.embed_tokens and input_ids is not None else inputs_embeds
         text = words if encoder_hidden_states is None else encoder_hidden_states
         sizes = {} if text is None else {"text": text.shape[-3]}
-        sizes |= {"source_latents": len(image) for image in sources} | ({"prefix": prefix.batch_size} if prefix else {})
+        if sources:
+            sizes["source_latents"] = len(sources[0])
+        if prefix is not None:
+            sizes["prefix"] = prefix.batch_size
         check_batch(sizes, drop_text=drop_text, drop_source=drop_source)
         if prefix is None:
             first = next((x for x in (text, *sources) if x is not None), None)

@@ -102,8 +102,10 @@ class PrefixCache:
         """Join along the batch, as for the branches of guidance; shorter ones are padded and masked.
 
         Raises:
-            ShapeError: of different geometry.
+            ShapeError: no parts, or of different geometry.
         """
+        if not parts:
+            raise ShapeError("no prefixes came; wanted at least one")
         geometries = {(*part.keys.shape[:1], part.keys.shape[2], part.keys.shape[4]) for part in parts}
         if len(geometries) != 1:
             raise ShapeError(f"prefixes have (layers, key heads, width) {sorted(geometries)}; wanted equal ones")

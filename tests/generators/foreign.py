@@ -14,7 +14,7 @@ RAE_TRUNK, RAE_WIDTH = 48, 64
 GEN = "_moe_gen"
 
 
-def language_model(config_class, model_class=None, **fields):
+def language_model(config_class, **fields):
     """A base model of transformers; norms and biases are random too, so that one left out shows."""
     import transformers
 
@@ -26,10 +26,7 @@ def language_model(config_class, model_class=None, **fields):
     config = config_class(**{**default, **fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if model_class is None:
-            model = transformers.AutoModel.from_config(config)
-        else:
-            model = model_class(config)
+        model = transformers.AutoModel.from_config(config)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
@@ -42,11 +39,8 @@ def randoms(shapes, seed):
     weights = {}
     for name, shape in shapes.items():
         x = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            x = x / x[0].numel() ** 0.5
-        else:
-            x = 0.3 * x + float("norm" in name and name.endswith("weight"))
-        weights[name] = x
+        centre = float("norm" in name and name.endswith("weight"))
+        weights[name] = x / x[0].numel() ** 0.5 if len(shape) > 1 else centre + 0.3 * x
     return weights
 
 
