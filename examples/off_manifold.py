@@ -13,6 +13,7 @@ projection hides.
 import argparse
 import itertools
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +33,7 @@ import matplotlib.pyplot as plt
 
 PLANE, SPACE = "2-D", "8-D"
 DIMENSIONS = {PLANE: 2, SPACE: 8}
-WIDTH, HIDDEN_LAYERS = 256, 3
+WIDTH, HIDDEN_LAYERS = 256, 4
 POINTS, BATCH, LEARNING_RATE = 10_000, 256, 1e-3
 UPDATES = 50  # of Euler
 WORST = 0.05
@@ -70,9 +71,14 @@ def nearest(points: Tensor, truth: Tensor) -> Tensor:
     return torch.cdist(points, truth).min(dim=1).values
 
 
+def farthest(distances: Tensor) -> Tensor:
+    """Which are the largest twentieth."""
+    return distances.topk(max(1, round(WORST * len(distances)))).indices
+
+
 def worst(distances: Tensor) -> float:
-    """Mean of the largest twentieth."""
-    return distances.topk(max(1, round(WORST * len(distances)))).values.mean().item()
+    """Their mean."""
+    return distances[farthest(distances)].mean().item()
 
 
 def train(seed: int, options: argparse.Namespace) -> dict:
@@ -116,7 +122,6 @@ def compare(runs: list[dict]) -> dict:
     """The paired test on the last tails: one difference per seed."""
     last = {name: torch.tensor([run["curves"]["tail"][name][-1] for run in runs]) for name in DIMENSIONS}
     differences = last[SPACE] - last[PLANE]
-    error = differences.std() / len(runs) ** 0.5
     flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(runs))))
     as_large = (flips @ differences / len(runs)) >= differences.mean() - 1e-9  # exact, and assumes no distribution
     return {
@@ -126,36 +131,35 @@ def compare(runs: list[dict]) -> dict:
         "worst residual": sum(run["curves"]["worst residual"][-1] for run in runs) / len(runs),
         "differences": differences.tolist(),
         "mean difference": differences.mean().item(),
-        "standard error": error.item(),
-        "t": (differences.mean() / error).item(),
+        "standard error": (differences.std() / len(runs) ** 0.5).item(),
         P_VALUE: as_large.float().mean().item(),
     }
 
 
 def picture(runs: list[dict], result: dict, steps: list[int], path: Path) -> None:
     """Samples of the first seed with their worst twentieth in colour, and the curves of all seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), width_ratios=(1.25, 1.25, 1), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), width_ratios=(1.2, 1.2, 1), layout="constrained")
     first = runs[0]
     for axis, (name, x) in zip(axes, first["flat"].items(), strict=False):
-        far = nearest(x, first["truth"])
-        tail = far.topk(max(1, round(WORST * len(far)))).indices
+        distances = nearest(x, first["truth"])
         axis.scatter(*first["truth"].T, s=3, color="#e4e4e4", linewidths=0)
         axis.scatter(*x.T, s=3, color="#555555", linewidths=0)
-        axis.scatter(*x[tail].T, s=14, color=COLOURS[name], linewidths=0)
-        tail_length = first["curves"]["tail"][name][-1]
-        axis.set_title(f"flow in {name}: worst 5 % at {tail_length:.3f}", color=COLOURS[name])
-        axis.set(aspect="equal", xlim=(-2.7, 2.9), ylim=(-1.9, 1.8))
+        axis.scatter(*x[farthest(distances)].T, s=12, color=COLOURS[name], linewidths=0)
+        axis.set_title(f"flow in {name}: worst 5 % at {worst(distances):.3f}", color=COLOURS[name])
+        axis.set(aspect="equal", xlim=(-2.6, 2.6), ylim=(-1.8, 1.8))
         axis.axis("off")
     axis = axes[2]
     for name, colour in COLOURS.items():
         curves = torch.tensor([run["curves"]["tail"][name] for run in runs])
-        axis.plot(steps, curves.T, color=colour, alpha=0.25, linewidth=1)
+        axis.fill_between(steps, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, linewidth=0)
         axis.plot(steps, curves.mean(0), color=colour, linewidth=2.4, label=f"{name}, in the plane")
     residual = torch.tensor([run["curves"]["worst residual"] for run in runs]).mean(0)
     axis.plot(steps, residual, color=COLOURS[SPACE], linestyle=":", linewidth=1.8, label=f"{SPACE}, off the plane")
     axis.axhline(result["floor"], color="#888888", linestyle="--", linewidth=1.2, label="fresh points of the letters")
-    axis.set(yscale="log", xlabel="training step", title=f"distance of the worst 5 %, {len(runs)} seeds")
-    axis.grid(which="both", alpha=0.2)
+    axis.set(
+        xlim=(0, None), ylim=(0, None), xlabel="training step", title=f"distance of the worst 5 %, {len(runs)} seeds"
+    )
+    axis.grid(alpha=0.2)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
@@ -169,22 +173,21 @@ def print_result(result: dict, steps: int) -> None:
     print(f"  {PLANE} {tail[PLANE]:.4f}, {SPACE} {tail[SPACE]:.4f}; fresh points of the letters {result['floor']:.4f}")
     print(f"  {SPACE} off the plane: {result['worst residual']:.4f}; all samples {result['residual']:.4f}")
     print(f"  difference {result['mean difference']:.4f} ± {result['standard error']:.4f} (standard error)")
-    print(f"  t = {result['t']:.1f}, signs {signs}, one-sided p = {result[P_VALUE]:.3f}")
+    print(f"  signs {signs}; {P_VALUE}: {result[P_VALUE]:.3f}")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--every", type=int, default=300, help="steps between two measurements")
-    parser.add_argument("--samples", type=int, default=1000, help="drawn at each of them")
-    parser.add_argument("--processes", type=int, default=2, help="that share the seeds")
+    parser.add_argument("--samples", type=int, default=2000, help="drawn at each of them")
     parser.add_argument("--output", type=Path, default=Path("outputs/off_manifold"))
     options = parser.parse_args()
     if options.seeds < 2 or not 1 <= options.every <= options.steps:
         parser.error("wanted at least two seeds, and at least one measurement within the steps")
     with ProcessPoolExecutor(
-        options.processes,
+        min(options.seeds, os.cpu_count() or 1),
         mp_context=get_context("spawn"),
         initializer=torch.set_num_threads,  # so small a network gains nothing from more
         initargs=(1,),
@@ -198,8 +201,7 @@ def main() -> int:
     picture(runs, result, steps, options.output / "off_manifold.png")
     print_result(result, steps[-1])
     print(f"picture and numbers: {options.output}")
-    return 0 if result[P_VALUE] < 0.05 else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
