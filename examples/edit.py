@@ -4,64 +4,63 @@
         --source dog.png --instruction "make it red"
     accelerate launch examples/edit.py --model ... --vae ... --gedit stepfun-ai/GEdit-Bench --output out/gedit
 
-GEdit-Bench's pictures lie as its evaluator reads them: `output/fullset/<task>/<language>/<key>.png`, the source beside
-it as `<key>_SRCIMG.png`. Processes share the work, and a killed run goes on.
+GEdit-Bench's pictures lie as its evaluator reads them: `output/fullset/<task>/<language>/<key>.png`, and beside each
+what was edited, `<key>_SRCIMG.png`: the centre crop. Processes share the work, and a killed run goes on by the same
+command.
 """
 
-import glob
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
 import tyro
 from accelerate import Accelerator
-from data import center_transform
+from data import UNREADABLE, center_transform, open_table, read_image
 from PIL import Image
-from sampling import Sampler, SamplingOptions, save_image
-from tqdm import tqdm
+from sampling import Sampler, SamplingOptions, claim, save_image, share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
     """Instruction editing."""
 
     source: Path | None = None
-    """One picture to edit: writes `output/edited.png`."""
+    """One picture to edit: writes `output/edited.png`, over what is there."""
     instruction: str | None = None
     gedit: str | None = None
-    """GEdit-Bench as a Hugging Face dataset id or a folder of parquet files."""
+    """GEdit-Bench: its Hugging Face id, or a folder of parquet files."""
     image_guidance: float | None = None
     """Towards the source; None guides against no condition, by `--guidance` alone, as the paper does."""
+    guidance_form: Literal["nested", "additive"] = "nested"
+    """With `--image-guidance`: BAGEL's form or InstructPix2Pix's."""
+    output: Path = Path("outputs/edited")
 
 
 @dataclass
 class Job:
-    """One edit."""
+    """One edit: how to open its picture, and where the edited one goes and, in a benchmark, the picture itself."""
 
     place: int
     text: str
-    picture: Any
-    file: Path
-    source_file: Path | None = None
+    open: Callable[[], Image.Image]
+    files: list[Path]
 
 
 def main(options: Options) -> None:
-    accelerator = Accelerator()
     jobs = read_jobs(options)
-    waiting = [job for job in jobs if not job.file.exists()]
-    accelerator.print(f"{len(jobs)} edits, {len(jobs) - len(waiting)} of them done before")
-    sampler = Sampler(options, accelerator.device, options.image_guidance)
+    accelerator = Accelerator()
+    sampler = Sampler(options, accelerator, image_scale=options.image_guidance, form=options.guidance_form)
     crop = center_transform(options.size)
-    for job in tqdm(
-        waiting[accelerator.process_index :: accelerator.num_processes], disable=not accelerator.is_main_process
-    ):
-        picture = Image.open(job.picture) if isinstance(job.picture, Path) else job.picture
-        source = crop(picture.convert("RGB"))
-        edited = sampler([job.text], [(job.place, 0)], source[None])
-        if job.source_file is not None:
-            save_image(source, job.source_file)
-        save_image(edited[0], job.file)
+    if options.gedit is not None:
+        claim(options, options.output, accelerator)
+    else:
+        jobs[0].files[0].unlink(missing_ok=True)
+    for job in share(jobs, accelerator):
+        source = crop(job.open())
+        edited = sampler([job.text], [(job.place, 0)], source[None])[0]
+        for image, file in zip((edited, source), job.files, strict=False):
+            save_image(image, file)
     accelerator.wait_for_everyone()
 
 
@@ -69,28 +68,37 @@ def read_jobs(options: Options) -> list[Job]:
     """The edits, in the order of the benchmark.
 
     Raises:
-        SystemExit: neither or both of a picture with its instruction and a benchmark came.
+        SystemExit: neither or both of a picture with its instruction and a benchmark came, or one cannot be read.
     """
-    if options.gedit is None and options.source is not None and options.instruction is not None:
-        return [Job(0, options.instruction, options.source, options.output / "edited.png")]
-    if options.gedit is None or options.source is not None or options.instruction is not None:
+    if options.gedit is not None and options.source is None and options.instruction is None:
+        return read_gedit(options.gedit, options.output / "fullset")
+    if options.gedit is not None or options.source is None or not (options.instruction or "").strip():
         raise SystemExit("wanted --source with --instruction, or --gedit alone")
+    try:
+        picture = read_image(options.source)
+    except UNREADABLE as error:
+        raise SystemExit(f"{options.source} cannot be read as an image: {error}") from error
+    return [Job(0, options.instruction.strip(), lambda: picture, [options.output / "edited.png"])]
+
+
+def read_gedit(name: str, folder: Path) -> list[Job]:
+    """GEdit-Bench's rows; a picture is opened when its turn comes."""
     import datasets
 
-    local = sorted(glob.glob(f"{options.gedit}/**/*.parquet", recursive=True))
-    if local:
-        table: Any = datasets.load_dataset("parquet", data_files={"train": local}, split="train")
-    else:
-        table = datasets.load_dataset(options.gedit, split="train")
+    table = open_table(name, "train")
+    columns = ["task_type", "instruction_language", "key", "instruction"]
+    picture = "input_image_raw" if "input_image_raw" in table.column_names else "input_image"
+    lost = [column for column in (*columns, picture) if column not in table.column_names]
+    if lost:
+        raise SystemExit(f"{name} has no column {', '.join(lost)}; it has {', '.join(table.column_names)}")
+    pictures = table.select_columns([picture]).cast_column(picture, datasets.Image(decode=False))
     jobs = []
-    for place, row in enumerate(table):
-        folder = options.output / "fullset" / row["task_type"] / row["instruction_language"]
-        key = row["key"]
-        picture = row.get("input_image_raw") or row["input_image"]
-        jobs.append(Job(place, row["instruction"], picture, folder / f"{key}.png", folder / f"{key}_SRCIMG.png"))
+    for place, row in enumerate(table.select_columns(columns)):
+        stem = folder / row["task_type"] / row["instruction_language"] / row["key"]
+        files = [stem.with_name(f"{stem.name}{ending}") for ending in (".png", "_SRCIMG.png")]
+        jobs.append(Job(place, row["instruction"], lambda place=place: read_image(pictures[place][picture]), files))
     return jobs
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main(tyro.cli(Options))
+    main(tyro.cli(Options))

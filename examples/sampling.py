@@ -1,30 +1,38 @@
-"""Sample a trained DeepFusionDiT: texts, perhaps source pictures → pictures. Shared by generate.py and edit.py."""
+"""What sampling takes: the models of a trained generator, its noise, a share of the work, whole files.
 
+For generate.py and edit.py; train_generator.py borrows the models' half for its sample grids.
+"""
+
+import json
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from train_generator import load_tokenizer, load_vae, scale_latents, unscale_latents
+from tqdm import tqdm
 
-from psvae import DeepFusionDiT, PrefixCache, flow
+from psvae import PSVAE, DeepFusionDiT, PixelVAE, PrefixCache, PSVAEError, flow
+from psvae.adapt import latent_shape
+
+TOKENIZER = "tokenizer"  # subfolder of a saved generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """The paper: 50 Euler steps, timestep shift 3, guidance 6.5, for editing too (section 4.1)."""
 
-    model: str = ""
+    model: str
     """Folder or Hub id of the DeepFusionDiT."""
-    vae: str = ""
-    """Folder or Hub id of the PSVAE or PixelVAE."""
-    tokenizer: str = "Qwen/Qwen2.5-0.5B"
-    """Folder or Hub id."""
-    text_length: int = 256
-    output: Path = Path("outputs/generated")
+    vae: str
+    """Folder or Hub id of the PSVAE or PixelVAE that it was trained on."""
+    tokenizer: str | None = None
+    """Folder or Hub id; None takes the one that train_generator.py left beside the model."""
     size: int = 256
     """Side of the pictures, in pixels."""
     steps: int = 50
@@ -33,12 +41,11 @@ class SamplingOptions:
     guidance: float = 6.5
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Guided where low < σ ≤ high."""
-    guidance_form: Literal["nested", "additive"] = "nested"
-    """With a guidance towards the source: BAGEL's form or InstructPix2Pix's."""
     renorm: Literal["global", "channel"] | None = None
     """BAGEL's bound on the length of the guided velocity."""
     solver: Literal["euler", "heun"] = "euler"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the generator; the VAE stays in float32."""
     seed: int = 0
 
 
@@ -46,65 +53,172 @@ class Sampler:
     """The models, loaded once.
 
     Args:
-        image_guidance: towards the source picture; None guides against no condition alone.
+        extra: fields of `flow.Guidance` beside those of the options.
     """
 
-    def __init__(self, options: SamplingOptions, device: torch.device, image_guidance: float | None = None) -> None:
-        if not options.model or not options.vae:
-            raise SystemExit("--model and --vae are needed")
-        dtype = getattr(torch, options.dtype)
-        self.options, self.device, self.dtype = options, device, dtype
-        self.model = DeepFusionDiT.from_pretrained(options.model, dtype=dtype, device=device)
-        self.vae = load_vae(options.vae).to(device, dtype)
-        self.tokenise = load_tokenizer(options.tokenizer, options.text_length)
-        self.guidance = flow.Guidance(
-            options.guidance, image_guidance, options.guidance_form, options.guidance_interval, options.renorm
-        )
+    def __init__(self, options: SamplingOptions, accelerator: Accelerator, **extra: Any) -> None:
+        self.options, self.device, self.dtype = options, accelerator.device, getattr(torch, options.dtype)
+        with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
+            self.guidance = flow.Guidance(
+                options.guidance, interval=options.guidance_interval, renorm=options.renorm, **extra
+            )
+            self.sigmas = flow.sigma_schedule(options.steps, options.shift)
+            self.model = DeepFusionDiT.from_pretrained(options.model, dtype=self.dtype).to(self.device)
+            self.vae = load_vae(options.vae, self.device)
+            self.shape = latent_shape(self.vae, options.size)
+            self.tokenizer = Tokenizer(options.tokenizer, options.model)
+        if self.model.config.in_channels != self.shape[0]:
+            raise SystemExit(
+                f"the generator makes {self.model.config.in_channels} channels, the VAE's latents have {self.shape[0]}"
+            )
 
+    @torch.no_grad()
     def __call__(self, texts: list[str], places: list[tuple[int, int]], sources: Tensor | None = None) -> Tensor:
-        """Pictures ``B 3 H W`` in [-1, 1], fp32, on the CPU.
+        """Pictures ``B 3 H W`` in [-1, 1], on the CPU.
 
         Args:
             places: (prompt, number) of each picture; its noise depends on them and the seed alone.
             sources: ``B 3 H W`` in [-1, 1], to edit.
         """
-        options = self.options
-        ids, mask = (x.to(self.device) for x in self.tokenise(texts))
+        ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
         source_latents = None
         if sources is not None:
-            posterior = self.vae.encode(sources.to(self.device, self.dtype)).latent_dist
-            source_latents = scale_latents(self.vae, posterior.mode())
-        prefixes = self._prefixes(ids, mask, source_latents)
+            posterior = self.vae.encode(sources.to(self.device)).latent_dist
+            source_latents = scale_latents(self.vae, posterior.mode()).to(self.dtype)
+        prefixes = branches(self.model, self.guidance, ids, mask, source_latents)
         velocity = flow.guided(self.model, prefixes, self.guidance)
-        sigmas = flow.sigma_schedule(options.steps, options.shift)
-        latents = flow.sample(velocity, self._noise(places), sigmas, solver=options.solver)
-        return self.vae.decode(unscale_latents(self.vae, latents)).sample.float().clamp(-1, 1).cpu()
-
-    def _prefixes(self, ids: Tensor, mask: Tensor, source_latents: Tensor | None) -> dict[str, PrefixCache]:
-        """The branches that the guidance needs, each encoded once for all steps."""
-        prefixes = {"full": self.model.encode_prefix(ids, mask, source_latents=source_latents)}
-        for name in self.guidance.branches[1:]:
-            if name == "empty":
-                prefixes[name] = PrefixCache.empty(self.model.config, len(ids), device=self.device, dtype=self.dtype)
-            elif name == "image":
-                prefixes[name] = self.model.encode_prefix(source_latents=source_latents)
-            else:
-                prefixes[name] = self.model.encode_prefix(ids, mask)
-        return prefixes
+        latents = flow.sample(velocity, self._noise(places), self.sigmas, solver=self.options.solver)
+        return decode(self.vae, latents.float()).cpu()
 
     def _noise(self, places: list[tuple[int, int]]) -> Tensor:
-        spec, side = self.vae.latent_spec, self.options.size // self.vae.latent_spec.stride
-        rows = []
-        for place in places:
-            draw = torch.Generator().manual_seed(zlib.crc32(repr((self.options.seed, *place)).encode()))
-            rows.append(torch.randn(spec.channels, side, side, generator=draw))
+        seeds = [zlib.crc32(repr((self.options.seed, *place)).encode()) for place in places]
+        rows = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
 
+# Models
+
+
+class Tokenizer:
+    """transformers' tokenizer of a folder or Hub id: texts → ids and mask, both ``B T``, padded on the right.
+
+    Args:
+        name: None for the one that train_generator.py left in ``model``.
+        length: longer texts are cut, then and whenever it is loaded again; None keeps the tokenizer's own.
+    """
+
+    def __init__(self, name: str | None, model: str | Path | None, length: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        if name is None and model is None:
+            raise SystemExit("random weights came without a tokenizer: pass --tokenizer")
+        where, subfolder = (str(model), TOKENIZER) if name is None else (name, "")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(where, subfolder=subfolder)
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise SystemExit(f"no tokenizer in {where}/{subfolder}, pass --tokenizer: {said}") from error
+        self.tokenizer.padding_side = "right"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer.model_max_length = length or self.tokenizer.model_max_length
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def save(self, model: Path) -> None:
+        """Beside the weights."""
+        self.tokenizer.save_pretrained(model / TOKENIZER)
+
+
+def load_vae(name: str, device: torch.device) -> PSVAE | PixelVAE:
+    """Frozen, of the class that recognises the checkpoint; where none does, what each said."""
+    said = []
+    for cls in (PSVAE, PixelVAE):
+        try:
+            return cls.from_pretrained(name).to(device).requires_grad_(False)
+        except PSVAEError as error:
+            said.append(str(error))
+    raise SystemExit("; ".join(dict.fromkeys(said)))
+
+
+def scale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """As a generator sees them: a PSVAE's come normalised, a PixelVAE leaves shift, scale and statistics to us."""
+    if isinstance(vae, PSVAE):
+        return latents
+    return vae.latent_spec.normalize((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+
+
+def unscale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """`scale_latents` undone."""
+    if isinstance(vae, PSVAE):
+        return latents
+    return vae.latent_spec.denormalize(latents) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+
+def decode(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """Pictures ``B 3 H W`` in [-1, 1]."""
+    return vae.decode(unscale_latents(vae, latents)).sample.float().clamp(-1, 1)
+
+
+def branches(
+    model: DeepFusionDiT, guidance: flow.Guidance, ids: Tensor, mask: Tensor, sources: Tensor | None
+) -> dict[str, PrefixCache]:
+    """The prefixes that the guidance asks for, each encoded once for all steps."""
+    made = {
+        "full": lambda: model.encode_prefix(ids, mask, source_latents=sources),
+        "text": lambda: model.encode_prefix(ids, mask),
+        "image": lambda: model.encode_prefix(source_latents=sources),
+        "empty": lambda: PrefixCache.empty(
+            model.config, len(ids), device=ids.device, dtype=model.embed_latents.weight.dtype
+        ),
+    }
+    return {name: made[name]() for name in guidance.branches}
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What psvae refuses, in one line instead of a traceback."""
+    try:
+        yield
+    except PSVAEError as error:
+        raise SystemExit(str(error)) from error
+
+
+# Many pictures
+
+
+def share(jobs: list[Any], accelerator: Accelerator) -> Iterator[Any]:
+    """This process's share of the jobs whose ``files`` are not all there, with a progress bar."""
+    waiting = [job for job in jobs if not all(file.exists() for file in job.files)]
+    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+    accelerator.print(f"{len(jobs)} texts, {len(jobs) - len(waiting)} of them done before")
+    mine = waiting[accelerator.process_index :: accelerator.num_processes]
+    return iter(tqdm(mine, disable=not accelerator.is_main_process))
+
+
+def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> None:
+    """Keep the pictures of two runs apart: what was asked for lies beside the folder, which takes no others.
+
+    Raises:
+        SystemExit: the folder belongs to other options.
+    """
+    beside, asked = output.with_name(f"{output.name}.json"), json.loads(json.dumps(asdict(options), default=str))
+    before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else asked
+    changed = [name for name, value in asked.items() if before.get(name) != value]
+    if changed:
+        said = "; ".join(f"{name}: {before.get(name)!r} before, {asked[name]!r} now" for name in changed)
+        raise SystemExit(f"{output} holds pictures of another run ({said}); choose another --output")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+
+
 def save_image(image: Tensor, path: Path) -> None:
-    """``3 H W`` in [-1, 1] as a PNG, whole or not at all."""
+    """``3 H W`` in [-1, 1] as a PNG, whole or not at all; no evaluator takes the half-written one for a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (image.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).numpy()
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}")
     Image.fromarray(pixels).save(partial, format="PNG")
     partial.replace(path)

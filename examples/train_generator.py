@@ -13,8 +13,8 @@ import math
 import shlex
 import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,18 +22,18 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
-from checkpoints import load_checkpoint, save_checkpoint
-from measures import Ema
+from checkpoints import Ema, first_step, save_checkpoint
 from pairs import Batches, PairOptions, Pairs, pair_batches
-from PIL import Image
+from sampling import Tokenizer, branches, decode, load_vae, plain_errors, scale_latents
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 from tqdm import tqdm
 
-from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, PrefixCache, flow
+from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, flow
 
 Tokenise = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts → ids and mask, both B T
+SHOWN = 8  # pictures of a sample grid
 
 
 @dataclass(frozen=True)
@@ -87,34 +87,36 @@ class TrainingOptions:
     """Any of accelerate's trackers, or `none`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options(TrainingOptions):
     """Train a DeepFusionDiT."""
 
-    data: PairOptions = field(default_factory=lambda: PairOptions(""))
-    vae: str = ""
+    data: PairOptions
+    vae: str
     """Folder or Hub id of the PSVAE or PixelVAE whose latents are generated; frozen."""
-    model: str = "qwen2_5_0_5b"
-    """`qwen2_5_0_5b`, `qwen2_5_1_5b`, `qwen2_5_3b`, or a JSON file of DeepFusionDiTConfig."""
     llm: str | None = "Qwen/Qwen2.5-0.5B"
-    """Folder or Hub id of the language model whose weights the blocks start from; None for random ones."""
-    tokenizer: str = "Qwen/Qwen2.5-0.5B"
-    """Folder or Hub id of the tokenizer."""
-    text_length: int = 256
-    """Longer texts are cut, and counted."""
+    """Folder or Hub id of the language model whose blocks are trained on; None for random weights."""
+    model: Path | None = None
+    """JSON file with fields of DeepFusionDiTConfig, over those of `--llm` and the VAE."""
     init: Path | None = None
-    """A saved DeepFusionDiT to start from instead of `--model` and `--llm`: editing starts from text-to-image."""
+    """A saved DeepFusionDiT to start from instead of `--llm` and `--model`: editing starts from text-to-image."""
+    tokenizer: str | None = None
+    """Folder or Hub id; None takes that of `--init` or `--llm`."""
+    text_length: int = 256
+    """Longer texts are cut."""
 
 
 def main(options: Options) -> None:
-    if not options.data.path or not options.vae:
-        raise SystemExit("--data.path and --vae are needed")
     accelerator = make_accelerator(options)
-    vae = load_vae(options.vae)
-    with accelerator.main_process_first():  # one process downloads, the others find the files
-        tokenise = load_tokenizer(options.tokenizer, options.text_length)
+    with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
+        llm = options.llm if options.init is None else None
+        tokenizer = Tokenizer(options.tokenizer or llm, options.init, options.text_length)
+        batches = pair_batches(options.data)
+        vae = load_vae(options.vae, accelerator.device)
         model = build_model(options, vae)
-    Training(options, accelerator, model, vae, tokenise, pair_batches(options.data)).run()
+    Training(options, accelerator, model, vae, tokenizer, batches).run()
+    if accelerator.is_main_process:
+        tokenizer.save(options.output / "model")
     accelerator.end_training()
 
 
@@ -122,7 +124,7 @@ class Training:
     """Build, resume, train, save. Its result is ``output/model``, a loadable DeepFusionDiT.
 
     Args:
-        vae: its latents are generated; unused where `batches` brings cached ones, but for the samples.
+        vae: its latents are generated; where `batches` brings cached ones, it paints the samples alone.
         batches: (batch size, seed, rank, world, start) → an endless stream, the same after every restart.
     """
 
@@ -152,30 +154,28 @@ class Training:
 
     def run(self) -> None:
         options, accelerator = self.options, self.accelerator
-        if options.resume:
-            self.step = load_checkpoint(accelerator, self.checkpoints)
-        elif list(self.checkpoints.glob("step*")):
-            raise SystemExit(f"{options.output} holds checkpoints of an earlier run: --resume, or another --output")
-        stream = self.batches(
-            options.batch_size, options.seed, accelerator.process_index, accelerator.num_processes,
-            self.step * options.accumulate,
-        )  # fmt: skip
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.step = first_step(accelerator, self.checkpoints, options.resume)
+        if self.step:
+            accelerator.print(f"continues from step {self.step}")
+        stream = self.batches(options.batch_size, options.seed, rank, world, self.step * options.accumulate)
+        shown = next(self.batches(SHOWN, options.seed, rank, world, 0))  # the same at every step and after a restart
         bar = tqdm(initial=self.step, total=options.steps, disable=not accelerator.is_main_process)
         while self.step < options.steps:
             loss = self._train_step(stream)
             self.step += 1
             bar.update()
             if self.step % options.log_every == 0:
-                bar.set_postfix(loss=f"{float(loss):.4f}")
-                accelerator.log({"loss": float(loss)}, step=self.step)
-            if self.step % options.sample_every == 0:
-                self._sample(next(stream))
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+                accelerator.log({"loss": loss.item(), "lr": self._lr()}, step=self.step)
+            if self.step % options.sample_every == 0 and self.step < options.steps:
+                self._sample(shown, self.averaged())
             if self.step % options.checkpoint_every == 0 and self.step < options.steps:
                 save_checkpoint(accelerator, self.checkpoints, self.step, options.keep_checkpoints)
         bar.close()
-        self._finish(next(stream))
+        self._finish(shown)
 
-    def _train_step(self, stream: Any) -> Tensor:
+    def _train_step(self, stream: Iterator[Pairs]) -> Tensor:
         """One optimiser step. Rate, noise and what is dropped depend on the step alone: a resumed run repeats them."""
         options, accelerator = self.options, self.accelerator
         for group in self.optimizer.param_groups:
@@ -202,36 +202,36 @@ class Training:
         options, device = self.options, self.accelerator.device
         latents = self._latents(pairs.images, pairs.latents, draw)
         sources = self._latents(pairs.sources, pairs.source_latents, None) if pairs.has_source else None
-        count = len(latents)
         noise = torch.randn(latents.shape, generator=draw).to(device)
         sigmas = flow.sample_sigmas(
-            count, mean=options.sigma_mean, std=options.sigma_std, shift=self._shift(latents), generator=draw,
+            len(latents), mean=options.sigma_mean, std=options.sigma_std, shift=self._shift(latents), generator=draw,
             device=device,
         )  # fmt: skip
         ids, mask = (x.to(device) for x in self.tokenise(pairs.texts))
+        without = [
+            (torch.rand(len(latents), generator=draw) < rate).to(device)
+            for rate in (options.drop_text, options.drop_source)
+        ]
         output = self.model(
             flow.add_noise(latents, noise, sigmas),
             sigmas,
             input_ids=ids,
             attention_mask=mask,
             source_latents=sources,
-            drop_text=(torch.rand(count, generator=draw) < options.drop_text).to(device),
-            drop_source=None if sources is None
-            else (torch.rand(count, generator=draw) < options.drop_source).to(device),
-        )  # fmt: skip
+            drop_text=without[0],
+            drop_source=None if sources is None else without[1],
+        )
         return flow.flow_loss(output.sample, latents, noise)
 
     @torch.no_grad()
-    def _latents(self, images: Tensor | None, cached: Tensor | None, draw: torch.Generator | None) -> Tensor:
-        """What the generator sees: a sample of the posterior for targets, its mean for sources."""
-        if cached is not None:
-            return cached.to(self.accelerator.device, torch.float32)
-        if images is None:
-            raise ValueError("the batch has neither pictures nor latents")
-        with self.accelerator.autocast():
-            posterior = self.vae.encode(images.to(self.accelerator.device)).latent_dist
-        latents = posterior.mode() if draw is None else posterior.sample(draw)
-        return scale_latents(self.vae, latents.float())
+    def _latents(self, images: Tensor | None, latents: Tensor | None, draw: torch.Generator | None) -> Tensor:
+        """What the generator sees, of pictures or of cached latents: with ``draw`` a sample, else the mean."""
+        device = self.accelerator.device
+        if latents is None:
+            with self.accelerator.autocast():
+                posterior = self.vae.encode(images.to(device)).latent_dist
+            latents = posterior.mode() if draw is None else posterior.sample(draw)
+        return scale_latents(self.vae, latents.to(device, torch.float32))
 
     def _shift(self, latents: Tensor) -> float:
         if self.options.shift is not None:
@@ -255,39 +255,35 @@ class Training:
         plain.load_state_dict(state, assign=True)
         return plain.to(self.accelerator.device).eval()
 
-    def _sample(self, pairs: Pairs) -> None:
-        """A grid: the sources, if any, what the texts give, and the true pictures."""
-        model, options = self.averaged(), self.options
+    @torch.no_grad()
+    def _sample(self, pairs: Pairs, model: DeepFusionDiT) -> None:
+        """A picture of rows: the sources, if any, what the texts give, and the true pictures."""
         if not self.accelerator.is_main_process:
             return
-        texts = pairs.texts[:8]
-        truth = self._latents(pairs.images, pairs.latents, None)[:8]
-        sources = self._latents(pairs.sources, pairs.source_latents, None)[:8] if pairs.has_source else None
-        ids, mask = (x.to(self.accelerator.device) for x in self.tokenise(texts))
-        generator = torch.Generator().manual_seed(options.seed)
-        with torch.no_grad(), self.accelerator.autocast():
-            full = model.encode_prefix(ids, mask, source_latents=sources)
-            empty = PrefixCache.empty(model.config, len(texts), device=ids.device)
-            velocity = flow.guided(model, {"full": full, "empty": empty}, flow.Guidance(options.guidance))
-            noise = torch.randn(truth.shape, generator=generator).to(ids.device)
+        options, device = self.options, self.accelerator.device
+        truth = self._latents(pairs.images, pairs.latents, None)
+        sources = self._latents(pairs.sources, pairs.source_latents, None) if pairs.has_source else None
+        noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(options.seed)).to(device)
+        guidance = flow.Guidance(options.guidance)
+        ids, mask = (x.to(device) for x in self.tokenise(pairs.texts))
+        with self.accelerator.autocast():
+            velocity = flow.guided(model, branches(model, guidance, ids, mask, sources), guidance)
             made = flow.sample(velocity, noise, flow.sigma_schedule(options.sampling_steps, options.sampling_shift))
-            shown = [x for x in (sources, made, truth) if x is not None]
-            rows = [self.vae.decode(unscale_latents(self.vae, x)).sample for x in shown]
+            rows = [decode(self.vae, latents) for latents in (sources, made, truth) if latents is not None]
         path = options.output / "samples" / f"step{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid = make_grid(torch.cat(rows).float().cpu().clamp(-1, 1) / 2 + 0.5, nrow=len(texts))
-        Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
-        path.with_suffix(".txt").write_text("\n".join(texts) + "\n")
+        save_image(torch.cat(rows).cpu() / 2 + 0.5, path, nrow=len(truth))
+        path.with_suffix(".txt").write_text("\n".join(pairs.texts) + "\n", encoding="utf-8")
 
-    def _finish(self, pairs: Pairs) -> None:
-        self._sample(pairs)
-        model = self.averaged()
-        if self.accelerator.is_main_process:
-            model.save_pretrained(self.options.output / "model", training_command=shlex.join(["python", *sys.argv]))
+    def _finish(self, shown: Pairs) -> None:
+        model, output = self.averaged(), self.options.output
+        self._sample(shown, model)
         names = sorted(set(gather_object(sorted(self.unreadable))))
-        if names and self.accelerator.is_main_process:
-            (self.options.output / "unreadable.txt").write_text("\n".join(names) + "\n")
-            print(f"{len(names)} rows could not be read and were skipped: {self.options.output / 'unreadable.txt'}")
+        if self.accelerator.is_main_process:
+            model.save_pretrained(output / "model", training_command=shlex.join(["python", *sys.argv]))
+            if names:
+                (output / "unreadable.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+                print(f"{len(names)} rows could not be read and were skipped: {output / 'unreadable.txt'}")
         self.accelerator.wait_for_everyone()
 
 
@@ -311,66 +307,29 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
 
 
 def build_model(options: Options, vae: PSVAE | PixelVAE) -> DeepFusionDiT:
-    """From a checkpoint, or fresh around a language model's weights."""
-    channels = vae.latent_spec.channels
+    """From a checkpoint, or around the weights of a language model, or from random ones."""
+    channels = vae.config.latent_channels
     if options.init is not None:
         model = DeepFusionDiT.from_pretrained(options.init)
     else:
-        presets = {name: getattr(DeepFusionDiTConfig, name) for name in ("qwen2_5_0_5b", "qwen2_5_1_5b", "qwen2_5_3b")}
-        if options.model in presets:
-            config = presets[options.model](channels)
-        elif Path(options.model).is_file():
-            config = DeepFusionDiTConfig.from_dict(json.loads(Path(options.model).read_text()))
-        else:
-            raise SystemExit(f"--model {options.model!r} is neither a JSON file nor one of {', '.join(presets)}")
+        fields = {"in_channels": channels, **read_fields(options.model)}
         torch.manual_seed(options.seed)
-        model = (
-            DeepFusionDiT(config) if options.llm is None else DeepFusionDiT.from_llm(options.llm, **config.to_dict())
-        )
+        if options.llm is None:
+            model = DeepFusionDiT(DeepFusionDiTConfig.from_dict(fields))
+        else:
+            model = DeepFusionDiT.from_llm(options.llm, **fields)
     if model.config.in_channels != channels:
         raise SystemExit(f"the VAE's latents have {channels} channels, the generator's {model.config.in_channels}")
-    if (options.data.source or options.data.source_latents) and not model.config.max_source_images:
+    if options.data.has_source and not model.config.max_source_images:
         raise SystemExit("the data has source pictures; the model's max_source_images is 0")
     return model
 
 
-def load_vae(name: str) -> PSVAE | PixelVAE:
-    """A PSVAE, or else whatever `PixelVAE` reads."""
-    folder = Path(name)
-    if (folder / "config.json").is_file():
-        kind = json.loads((folder / "config.json").read_text()).get("_class")
-        return PSVAE.from_pretrained(name) if kind == "PSVAE" else PixelVAE.from_pretrained(name)
-    return PSVAE.from_pretrained(name)
-
-
-def scale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
-    """(z − shift) · scale: nothing for a PSVAE, whose latents come normalised."""
-    if isinstance(vae, PSVAE):
-        return latents
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def unscale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
-    """`scale_latents` undone."""
-    if isinstance(vae, PSVAE):
-        return latents
-    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-
-
-def load_tokenizer(name: str, length: int) -> Tokenise:
-    """transformers' tokenizer; texts are padded on the right to the longest of a batch."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-    def tokenise(texts: list[str]) -> tuple[Tensor, Tensor]:
-        encoded = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        return encoded["input_ids"], encoded["attention_mask"]
-
-    return tokenise
+def read_fields(file: Path | None) -> dict[str, Any]:
+    try:
+        return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise SystemExit(f"--model {file} is no JSON file: {error}") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import copy
 import json
 import math
 import shlex
-import shutil
 import sys
 import zlib
 from dataclasses import asdict, dataclass, field, replace
@@ -25,8 +24,9 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
+from checkpoints import Ema, first_step, save_checkpoint
 from data import DataOptions, batches, validation_images
-from measures import Ema, fast_precision, measure
+from measures import fast_precision, measure
 from pictures import save_samples
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -173,11 +173,11 @@ class Stage:
             accelerator.print(f"stage {self.stage} is already in {self.folder}")
             return json.loads(done.read_text())
         self._build()
-        if options.resume:
-            self._load_checkpoint()
-        elif list((self.folder / "checkpoints").glob("step*")):
-            raise SystemExit(f"{self.folder} holds checkpoints of an earlier run: pass --resume, or another --output")
-        elif accelerator.is_main_process:
+        checkpoints = self.folder / "checkpoints"
+        self.step = first_step(accelerator, checkpoints, options.resume)
+        if self.step:
+            accelerator.print(f"stage {self.stage} continues from step {self.step}")
+        elif not options.resume and accelerator.is_main_process:
             done.unlink(missing_ok=True)  # of an earlier run: a later --resume must not take it for this one's
         bar = tqdm(
             initial=self.step, total=self.steps, desc=f"stage {self.stage}", disable=not accelerator.is_main_process
@@ -199,7 +199,7 @@ class Stage:
             if self.step % options.validate_every == 0:
                 self._validate()
             if self.step % options.checkpoint_every == 0 and self.step < self.steps:
-                self._save_checkpoint()
+                save_checkpoint(accelerator, checkpoints, self.step, options.keep_checkpoints)
         bar.close()
         self.stream = stream
         return self._finish()
@@ -338,28 +338,6 @@ class Stage:
             {f"stage{self.stage}/val_{name}": value for name, value in numbers.items()}, step=self.step
         )
         return numbers
-
-    def _save_checkpoint(self) -> None:
-        """Atomic: written beside, then renamed."""
-        checkpoints = self.folder / "checkpoints"
-        partial, final = checkpoints / "partial", checkpoints / f"step{self.step:07d}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            partial.rename(final)
-            for old in sorted(checkpoints.glob("step*"))[: -self.options.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _load_checkpoint(self) -> None:
-        found = sorted((self.folder / "checkpoints").glob("step*"))
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-            self.step = int(found[-1].name.removeprefix("step"))
-            self.accelerator.print(f"stage {self.stage} continues from step {self.step}")
 
     def _finish(self) -> dict[str, float]:
         """Fit the latent statistics, validate, save."""
