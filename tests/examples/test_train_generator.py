@@ -1,6 +1,8 @@
 """The generator's training example: every kind of data, exact resumption after SIGKILL, dropped conditions."""
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import time
@@ -11,6 +13,7 @@ from itertools import islice
 import pytest
 import torch
 import transformers
+import tyro
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,6 +21,7 @@ from psvae import PSVAE, DeepFusionDiT
 from tests.base import assert_close, assert_equal
 from tests.examples.generator_world import (
     CAPTIONS,
+    EXAMPLES,
     HEAD,
     SIZE,
     VOCABULARY,
@@ -389,16 +393,16 @@ def refusals(world):
     (world / "empty").mkdir(exist_ok=True)
     tiny_generator().save_pretrained(world / "without_tokenizer")
     tiny_generator(in_channels=5).save_pretrained(world / "five_channels")
-    shards = "shards2/{0..1}.tar"
+    shards, words = "shards2/{0..1}.tar", {"tokenizer": str(world / "llm")}
     return {
         "no vae": ({"vae": str(world / "empty")}, "empty has no model.safetensors"),
-        "no language model": ({"llm": str(world / "vae")}, "wanted a qwen2, qwen3 or llama folder"),
+        "no language model": ({"llm": str(world / "vae"), **words}, "wanted a qwen2, qwen3 or llama folder"),
         "no tokenizer": ({"init": world / "without_tokenizer"}, "pass --tokenizer"),
         "random weights": ({"llm": None}, "random weights came without a tokenizer: pass --tokenizer"),
         "misspelt": ({"model": world / "misspelt.json"}, "did you mean 'head_width'"),
         "no json": ({"model": world / "no.json"}, "no.json is no JSON file"),
         "no model": ({"model": world / "absent.json"}, "absent.json is no JSON file"),
-        "channels": ({"init": world / "five_channels"}, "latents have 8 channels, the generator's 5"),
+        "channels": ({"init": world / "five_channels", **words}, "latents have 8 channels, the generator's 5"),
         "no data": ({"data": data_options(world, "empty")}, "has no split 'train' that can be read"),
         "no split": ({"data": data_options(world, "pictures", split="test")}, "has no split 'test' that can be read"),
         "no column": ({"data": data_options(world, text="words")}, "no column words; it has image, source, text"),
@@ -433,3 +437,32 @@ def test_sources_for_a_model_that_takes_none(world, tmp_path):
     (world / "sourceless.json").write_text(json.dumps({**HEAD, "max_source_images": 0}))
     with pytest.raises(SystemExit, match="max_source_images is 0"):
         train(world, tmp_path, data=data_options(world, source="source"), model=world / "sourceless.json")
+
+
+# The commands of examples/README.md
+
+TEXT = (EXAMPLES / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+COMMANDS = re.findall(r"examples/(train_generator|generate|edit)\.py( .*)", TEXT)
+
+
+def test_the_documented_commands_are_understood():
+    assert {name for name, _ in COMMANDS} == {"train_generator", "generate", "edit"}
+    for name, arguments in COMMANDS:
+        chosen = tyro.cli(script(name).Options, args=shlex.split(arguments, comments=True))
+        assert chosen.vae
+
+
+def test_the_documented_training_is_the_paper_s():
+    first, then = (
+        tyro.cli(train_generator.Options, args=shlex.split(arguments))
+        for name, arguments in COMMANDS[:2]
+        if name == "train_generator"
+    )
+    for chosen in (first, then):
+        assert 725 < 8 * chosen.batch_size * chosen.accumulate < 735
+        assert (chosen.lr, chosen.ema, chosen.data.size) == (1e-4, 0.9999, 256)
+        assert (chosen.sampling_steps, chosen.sampling_shift, chosen.guidance) == (50, 3.0, 6.5)
+    assert (first.steps, then.steps) == (200_000, 50_000)
+    assert first.llm == "Qwen/Qwen2.5-0.5B"
+    assert then.init == first.output / "model"
+    assert (then.data.has_source, first.data.has_source) == (True, False)
