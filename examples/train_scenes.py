@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from pairs import Pairs
 from scenes.show import sheet
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from train_generator import Training, TrainingOptions, make_accelerator
 
@@ -28,17 +29,17 @@ from psvae import (
     PSVAE,
     DeepFusionDiT,
     DeepFusionDiTConfig,
+    PixelDecoderConfig,
     PrefixCache,
     PSVAEConfig,
     SemanticEncoderConfig,
     SemanticVAEConfig,
-    ViTPixelDecoderConfig,
     fit_latent_statistics,
     flow,
     losses,
 )
 
-CHANNELS, STRIDE, WIDTH = 32, 16, 192
+CHANNELS, STRIDE, WIDTH = 8, 8, 192
 GRID = scenes.SIZE // STRIDE
 HELD_OUT_SEED = 10**9  # beyond every seed that training draws
 
@@ -57,9 +58,11 @@ class Options:
     seed: int = 0
     resume: bool = False
     """Keep what an earlier run finished, and go on."""
-    tokenizer_steps: int = 3000
-    image_steps: int = 3000
-    edit_steps: int = 1500
+    compile: bool = True
+    """`torch.compile` the generator; needs a C++ compiler."""
+    tokenizer_steps: int = 1800
+    image_steps: int = 4500
+    edit_steps: int = 2000
     guidance: float = 3.0
     edit_guidance: float = 2.0
     sampling_steps: int = 25
@@ -84,32 +87,33 @@ def main(options: Options) -> dict[str, Any]:
 
 
 def tokenizer(options: Options) -> PSVAE:
-    """A PSVAE of Vision Transformers, trained on pixels alone: there is no pretrained encoder to stay near to."""
+    """A PSVAE trained on pixels alone: there is no pretrained encoder here to stay near to."""
     folder = options.output / "tokenizer"
     if options.resume and (folder / "config.json").exists():
         return PSVAE.from_pretrained(folder)
     torch.manual_seed(options.seed)
-    vit = {"img_size": scenes.SIZE, "patch_size": STRIDE, "embed_dim": WIDTH, "depth": 4, "num_heads": 3}
+    width, heads = 128, 2
+    vit = {"img_size": scenes.SIZE, "patch_size": STRIDE, "embed_dim": width, "depth": 4, "num_heads": heads}
     vae = PSVAE(
         PSVAEConfig(
             encoder=SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=STRIDE),
             vae=SemanticVAEConfig(
-                WIDTH, CHANNELS, depth=1, num_heads=3, mlp_dim=4 * WIDTH, layer_scale=None, initial_logvar=-4.0
+                width, CHANNELS, depth=1, num_heads=heads, mlp_dim=4 * width, layer_scale=None, initial_logvar=-5.0
             ),
-            decoder=ViTPixelDecoderConfig(
-                CHANNELS, WIDTH, depth=4, num_heads=3, mlp_dim=4 * WIDTH, patch_size=STRIDE, grid=(GRID, GRID)
+            decoder=PixelDecoderConfig(
+                CHANNELS, base_channels=24, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8
             ),
             sample_size=scenes.SIZE,
         )
     )
     steps = max(2, round(options.tokenizer_steps * options.share))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, total_steps=steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), "tokenizer")):
-        images = pictures(step * 16, 16)
+        images = pictures(step * 8, 8)
         output = vae(images, sample_posterior=True)
-        kl = losses.kl_loss(output.posterior, reduction="mean")
-        loss = losses.pixel_loss(output.sample, images, norm="l1") + 1e-4 * kl
+        loss = losses.pixel_loss(output.sample, images) + 2 * losses.pixel_loss(output.sample, images, norm="l2")
+        loss = loss + 1e-5 * losses.kl_loss(output.posterior, reduction="mean")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -129,20 +133,28 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     edits = init is not None
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
-        output=folder, steps=steps, batch_size=32, lr=1e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
-        ema=0.995, mixed_precision="no", seed=options.seed, resume=options.resume, log_every=20,
-        sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4), sampling_steps=options.sampling_steps,
-        guidance=options.guidance, tracker="none",
+        output=folder, steps=steps, batch_size=16, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
+        ema=0.995, shift=1.0, mixed_precision="bf16", compile=options.compile, seed=options.seed,
+        resume=options.resume, log_every=20, sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4),
+        sampling_steps=options.sampling_steps, sampling_shift=1.0, guidance=options.guidance, tracker="none",
     )  # fmt: skip
     accelerator = make_accelerator(training)
     if init is None:
         torch.manual_seed(options.seed)
-        model = DeepFusionDiT(DeepFusionDiTConfig.tiny(CHANNELS, len(scenes.WORDS)))
+        model = DeepFusionDiT(generator_config())
     else:
         model = DeepFusionDiT.from_pretrained(init)
-    Training(training, accelerator, model, vae, scenes.encode_many, edit_batches if edits else image_batches).run()
+    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward of flash attention is slow in bf16 with few tokens
+        Training(training, accelerator, model, vae, scenes.encode_many, edit_batches if edits else image_batches).run()
     Accelerator().free_memory()
     return DeepFusionDiT.from_pretrained(folder / "model")
+
+
+def generator_config() -> DeepFusionDiTConfig:
+    return DeepFusionDiTConfig.tiny(CHANNELS, len(scenes.WORDS)).replace(
+        hidden_size=WIDTH, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
+        head_width=WIDTH, head_num_heads=3, head_intermediate_size=512,
+    )  # fmt: skip
 
 
 def image_batches(batch_size: int, seed: int, rank: int, world: int, start: int) -> Iterator[Pairs]:
@@ -233,8 +245,7 @@ def generate(model: DeepFusionDiT, vae: PSVAE, texts: list[str], sources: Tensor
         empty, scale = model.encode_prefix(source_latents=source_latents), options.edit_guidance
     velocity = flow.guided(model, {"full": full, "empty": empty}, flow.Guidance(scale))
     noise = torch.randn(len(texts), CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(options.seed))
-    shift = flow.dimension_shift(CHANNELS, 1, GRID * GRID)
-    latents = flow.sample(velocity, noise, flow.sigma_schedule(options.sampling_steps, max(1.0, shift)))
+    latents = flow.sample(velocity, noise, flow.sigma_schedule(options.sampling_steps))
     return vae.decode(latents).sample.clamp(-1, 1)
 
 

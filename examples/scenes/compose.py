@@ -17,7 +17,7 @@ HELD_OUT: frozenset[Kind] = frozenset({
     ("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("purple", "square"),
 })  # fmt: skip
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
-SIZES = {1: (18, 28), 2: (16, 26), 3: (14, 20), 4: (14, 17)}  # smaller things where there are more of them
+SIZES = {1: (24, 34), 2: (20, 28), 3: (17, 24), 4: (15, 20)}  # smaller things where there are more of them
 CLEAR = 3.0  # pixels between things that do not overlap
 APART = 14  # pixels between centres, along its axis, that make a relation plain
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
