@@ -70,6 +70,8 @@ class PixelVAEConfig(Config):
         stride = self.encoder.stride
         fits = self.sample_size >= stride and self.sample_size % stride == 0
         self.require(fits, "sample_size", f"a multiple of the stride {stride}")
+        self.require(self.scaling_factor != 0, "scaling_factor", "a number that callers can divide by")
+        self.require(min(self.statistics_grid or (1,)) >= 1, "statistics_grid", "None or two numbers of at least 1")
 
     @classmethod
     def ldm(

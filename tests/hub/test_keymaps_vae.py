@@ -232,6 +232,48 @@ def test_an_ldm_pickle_needs_permission(saved, tmp_path, wrap):
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "vavae.ckpt", allow_pickle=True), model)
 
 
+OTHERS = {  # names of a whole generator's file that are not the autoencoder's
+    "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+    "model_ema.decay": (),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+    "betas": (10,),
+    **{f"model.diffusion_model.time_embed.{i}.weight": (2,) for i in range(30)},
+}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("root", ["first_stage_model.", "vae."])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_reads_the_autoencoder_in_the_file_of_a_whole_generator(saved, family, root, ending, tmp_path, caplog):
+    folder, model = saved[family]
+    state = {root + key: x for key, x in ldm_state(PixelVAE.from_pretrained(folder), tmp_path / "a").items()}
+    state |= {name: torch.zeros(shape) for name, shape in OTHERS.items()}
+    file = tmp_path / f"model{ending}"
+    save_file(state, file) if ending == ".safetensors" else torch.save({"state_dict": state}, file)
+    with caplog.at_level("INFO", "psvae"):
+        vae = PixelVAE.from_pretrained(file, allow_pickle=True, shift_factor=0.5)
+    assert f"FLUX), read from the names that begin with '{root}'; it holds no scaling_factor: 1" in caplog.text
+    assert " and 14 more" in caplog.text
+    assert_same_outputs(vae, model)
+    assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda s: s.pop("vae.encoder.norm_out.bias"), "1 missing: vae.encoder.norm_out.bias"),
+        (lambda s: s.update({"vae.encoder.extra": torch.zeros(1)}), "1 unexpected: vae.encoder.extra"),
+        (lambda s: s.update({"vae": torch.zeros(1)}), "1 unexpected: vae"),
+    ],
+)
+def test_a_faulty_file_of_a_whole_generator(tmp_path, fault, message):
+    state = {"vae." + key: x for key, x in ldm_state(small_vae(), tmp_path).items()} | {"unet.a": torch.zeros(1)}
+    fault(state)
+    save_file(state, tmp_path / "whole.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        PixelVAE.from_pretrained(tmp_path / "whole.safetensors")
+
+
 class Callback:
     """Something that a training framework leaves in its checkpoints."""
 
@@ -303,6 +345,10 @@ def test_a_diffusers_folder_of_something_else(tmp_path):
         ({"use_quant_conv": False}, "unexpected: quant_conv"),
         ({"norm_num_groups": 7}, "norm_groups is 7"),
         ({"latent_channels": None}, "latent_channels is None; wanted int"),
+        ({"layers_per_block": 10**9}, r"encoder\.num_res_blocks 1000000000; the weights have \d+ tensors in all"),
+        ({"in_channels": 10**18}, "in_channels is 1000000000000000000; wanted a whole number up to 2147483647"),
+        ({"latent_channels": 2**30}, "cannot be built: .*overflowed"),
+        ({"scaling_factor": 0}, r"scaling_factor is 0\.0; wanted a number that callers can divide by"),
     ],
 )
 def test_a_faulty_diffusers_config(folder, changes, message):

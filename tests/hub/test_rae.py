@@ -6,7 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from psvae import PSVAE, SemanticEncoder
 from psvae.errors import CheckpointError, ConfigError
-from tests.base import assert_close
+from tests.base import assert_close, assert_same_state
+from tests.hub.server import commit_of
+from tests.hub.test_hub import fill_cache
 from tests.hub.test_keymaps_rae import original_names
 from tests.tiny import FEATURE_DIM, fill_weights, images, tiny_encoder
 
@@ -112,6 +114,16 @@ def test_original_layout(collection):
     wanted = decoder.unpatchify(decoder(tokens, drop_cls_token=False).logits)
     mean, spread = (torch.tensor(v).view(3, 1, 1) for v in (encoder.config.mean, encoder.config.std))
     assert_close([model.decode(latents).sample], [(wanted * spread + mean) * 2 - 1], tolerance=1e-4)
+
+
+def test_original_layout_from_the_hub(collection, tmp_path_factory):
+    folder, _ = collection
+    cache = tmp_path_factory.mktemp("cache")
+    fill_cache(cache, "org/rae", commit_of(1), folder)
+    encoder = tiny_encoder()
+    wanted = PSVAE.from_rae(folder, encoder=encoder, allow_pickle=True, **FILES)
+    got = PSVAE.from_rae("org/rae", encoder=encoder, allow_pickle=True, cache_dir=cache, local_files_only=True, **FILES)
+    assert_same_state(got, wanted)
 
 
 def test_it_saves_and_loads_as_our_own(collection, tmp_path):
