@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from psvae.autoencoders.face import AutoencoderFace
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PixelVAEOutput
 from psvae.config import Config
-from psvae.decoders import PixelDecoder, PixelDecoderConfig, decode_tiled
+from psvae.decoders import PixelDecoder, PixelDecoderConfig
 from psvae.encoders import PixelEncoder, PixelEncoderConfig
 from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.exporting import export
@@ -180,7 +180,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         Raises:
             ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
         """
-        parameters = self.quant_conv(self.encoder(sample))
+        parameters = self._moments(sample)
         posterior = DiagonalGaussian(parameters)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         image = self.decoder(self.post_quant_conv(latents))
@@ -194,7 +194,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         """
         check_map(images, self.config.in_channels, "images")  # the rest is for the encoder to check, once
         slices = images.split(1) if self.use_slicing else [images]
-        posterior = DiagonalGaussian(torch.cat([self.quant_conv(self.encoder(part)) for part in slices]))
+        posterior = DiagonalGaussian(torch.cat([self._encode_tiles(self._moments, part) for part in slices]))
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
     def decode(
@@ -210,13 +210,11 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         """
         check_map(latents, self.config.latent_channels, "latents")
         slices = latents.split(1) if self.use_slicing else [latents]
-        image = torch.cat([self._paint(self.post_quant_conv(part)) for part in slices])
+        image = torch.cat([self._decode_tiles(self.decoder, self.post_quant_conv(part)) for part in slices])
         return DecoderOutput(image) if return_dict else (image,)
 
-    def _paint(self, latents: Latents) -> Images:
-        if self.use_tiling and self.tiling is not None:
-            return decode_tiled(self.decoder, latents, self.config.spatial_compression_ratio, self.tiling)
-        return self.decoder(latents)
+    def _moments(self, images: Images) -> Tensor:
+        return self.quant_conv(self.encoder(images))
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training, in both halves."""

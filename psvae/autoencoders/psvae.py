@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from psvae.autoencoders.face import AutoencoderFace
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
 from psvae.config import Config
-from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig, decode_tiled
+from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig
 from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
 from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.keymaps.own import AUTOENCODER_PSVAE
@@ -348,9 +348,7 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
     def _paint(self, raw: Latents) -> Images:
         reads_features = self.vae is not None and self.config.decoder_reads == "features"
         source = self.vae.decoder(raw) if self.vae is not None and reads_features else raw
-        if self.use_tiling and self.tiling is not None:
-            return decode_tiled(self.decoder, source, self.config.encoder.stride, self.tiling)
-        return self.decoder(source)
+        return self._decode_tiles(self.decoder, source)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training, in all three modules."""

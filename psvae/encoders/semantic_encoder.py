@@ -156,7 +156,7 @@ class SemanticEncoder(nn.Module, HubMixin):
         height, width = images.shape[-2] // stride, images.shape[-1] // stride
         pixels = self._preprocess(images, (patch * height, patch * width))
         has_prefix = self.vit.num_prefix_tokens > 0  # SigLIP has patch tokens alone, and timm then gives no pair
-        [found] = self.vit.forward_intermediates(
+        [found] = self.vit(
             pixels,
             indices=1,  # the last block: those after config.layer were not built
             output_fmt="NLC",

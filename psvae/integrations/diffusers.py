@@ -50,7 +50,7 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     core_class: ClassVar[Any]
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("Block", "TransformerBlock", "ResidualBlock", "SpatialAttention")
+    _no_split_modules = ("Block", "EvaBlock", "TransformerBlock", "ResidualBlock", "SpatialAttention")
     _core: Any
 
     @register_to_config
@@ -79,18 +79,17 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 raise ConfigError(
                     f"{name} is {value!r}; by the core's configuration it is {true[name]!r}: leave it out"
                 )
-        self.register_to_config(core=config.to_dict(), **true)
+        self.register_to_config(core=config.to_dict(), _use_default_values=list(true), **true)
         self._adopt(self.core_class(config))
 
     def _adopt(self, core: Any) -> None:
-        for name, child in core.named_children():
-            self.add_module(name, child)
         object.__setattr__(self, "_core", core)  # not a child: its keys would come twice
+        self._modules = core._modules  # one dict: a child that is replaced in either is replaced in both
 
     @classmethod
     def _around(cls, core: Any) -> Self:
         with torch.device("meta"):
-            model = cls(core.config.to_dict())
+            model = cls(core=core.config.to_dict())
         model._adopt(core)
         return model.train(core.training)
 
@@ -133,19 +132,40 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: Generator | list[Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        self._core.training = self.training  # the core is no child: train() does not reach it
-        (image,) = self._core(sample, sample_posterior, False, generator)
+        """Image to image: ``B C H W`` in [-1, 1] → ``.sample``, the same shape.
+
+        Slices and tiles where they are enabled, but not in training.
+        """
+        if self.training or not (self.use_slicing or self.use_tiling):
+            (image,) = self._core(sample, sample_posterior, False, generator)
+        else:
+            posterior = self._core.encode(sample).latent_dist
+            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+            (image,) = self._core.decode(latents, return_dict=False)
         return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, the core's too: it is no child."""
+        self._core.training = mode
+        return super().train(mode)
 
     @property
     def use_slicing(self) -> bool:
         """Whether batches run one item at a time."""
         return self._core.use_slicing
 
+    @use_slicing.setter
+    def use_slicing(self, value: bool) -> None:
+        self._core.use_slicing = value
+
     @property
     def use_tiling(self) -> bool:
-        """Whether large images are decoded tile by tile."""
+        """Whether large images are run tile by tile."""
         return self._core.use_tiling
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        self._core.use_tiling = value
 
     def enable_slicing(self) -> None:
         """Encode and decode a batch one item at a time."""
@@ -162,7 +182,7 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Decode large images tile by tile: sizes and steps in pixels, as the core's ``enable_tiling``."""
+        """Run large images tile by tile: sizes and steps in pixels, as the core's ``enable_tiling``."""
         self._core.enable_tiling(
             tile_sample_min_height, tile_sample_min_width, tile_sample_stride_height, tile_sample_stride_width
         )

@@ -174,6 +174,26 @@ def test_copies(model):
         assert_equal([paint(twin)], [paint(model)])
 
 
+@torch.no_grad()
+def test_a_replaced_child_is_the_one_that_runs(model):
+    """Scripts write ``vae.decoder = torch.compile(vae.decoder)``."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, z):
+            return z.new_zeros(len(z), 3, 32, 32)
+
+    model.decoder = Zero()
+    assert not paint(model).any()
+    assert not core_of(model)(images()).sample.any()
+
+
+def test_from_config_builds_the_same(model):
+    """What EMAModel and schedulers' scripts do."""
+    assert type(model).from_config(model.config).config["core"] == model.config["core"]
+    again = type(model)(model.config["core"])
+    assert type(model).from_config(again.config).config["core"] == model.config["core"]
+
+
 # Calls
 
 
@@ -231,6 +251,25 @@ def test_tiling(core):
 
 
 @torch.no_grad()
+def test_forward_slices_and_tiles(model):
+    """As AutoencoderKL's: `forward` is what diffusers' own test of tiling calls."""
+    sizes, x = [], images(2, 64, 64)
+    wanted = paint(model, x)
+    model.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
+    model.use_slicing = True
+    assert_close([paint(model, x)], [wanted])
+    assert sizes == [(1, 3, 64, 64)] * 2
+    sizes.clear()
+    model.use_tiling = True
+    tiled = paint(model, x)
+    assert set(sizes) == {(1, 3, 32, 32)}
+    assert 0 < (tiled - wanted).abs().mean() < 0.5
+    model.disable_tiling()
+    model.disable_slicing()
+    assert_equal([paint(model, x)], [wanted])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tile", [32, 64])
 def test_tiling_is_no_further_off_than_that_of_autoencoder_kl(tmp_path, tile):
     core = tiny_pixel_vae(sample_size=tile)
@@ -241,11 +280,10 @@ def test_tiling_is_no_further_off_than_that_of_autoencoder_kl(tmp_path, tile):
         z = model.encode(x).latent_dist.mode()
         whole = model.decode(z).sample
         model.enable_tiling()
-        difference = (model.decode(z).sample - whole).abs()
-        errors.append((difference.max(), difference.mean()))
-    (our_max, our_mean), (their_max, their_mean) = errors
-    assert 0 < our_max < 1.02 * their_max
-    assert 0 < our_mean < 1.02 * their_mean
+        differences = (model.encode(x).latent_dist.mode() - z).abs(), (model.decode(z).sample - whole).abs()
+        errors.append([number for d in differences for number in (d.max(), d.mean())])
+    for ours, theirs in zip(*errors, strict=True):
+        assert 0 < ours < 1.02 * theirs
 
 
 # Training
@@ -309,11 +347,41 @@ def test_layerwise_casting(model):
     assert_close([paint(model)], [wanted], tolerance=5e-2)
 
 
-def test_disk_offload(model, tmp_path):
-    """Weights that wait on the disk come back for each half."""
+@torch.no_grad()
+def test_sequential_offload(model):
+    """As ``pipeline.enable_sequential_cpu_offload``: each module's own weights come for its own call alone."""
     from accelerate import cpu_offload
 
     wanted = paint(model)
-    cpu_offload(model.decoder, execution_device=torch.device("cpu"))
-    assert next(model.decoder.parameters()).is_meta
-    assert_close([paint(model)], [wanted])
+    z = model.encode(images()).latent_dist.mode()
+    cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_equal([model.encode(images()).latent_dist.mode(), model.decode(z).sample, paint(model)], [z, wanted, wanted])
+
+
+def test_disk_offload(model, tmp_path):
+    """Weights that wait on the disk come back for each half."""
+    wanted = paint(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", device_map="auto", max_memory={"cpu": "100KB"}, offload_folder=tmp_path / "offload"
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert_equal([paint(loaded)], [wanted])
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload(model, kind):
+    """Without an accelerator the devices are the same: this shows that the hooks bring what they took away."""
+    wanted = paint(model)
+    cpu, blocks = torch.device("cpu"), None if kind == "leaf_level" else 1
+    model.enable_group_offload(cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=blocks)
+    with torch.no_grad():
+        assert_equal([model.decode(model.encode(images()).latent_dist.mode()).sample, paint(model)], [wanted, wanted])
+
+
+def test_statistics_follow_the_latents():
+    """No hook fires for them: they belong to no module that is called."""
+    spec, z = core_of(make(AutoencoderPSVAE)).latent_spec, torch.zeros(1, 8, 4, 4, device="meta")
+    assert spec.normalize(z).is_meta
+    assert spec.denormalize(z).is_meta
