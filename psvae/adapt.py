@@ -29,8 +29,9 @@ def latent_shape(vae: Any, image_size: int | tuple[int, int]) -> tuple[int, int,
     config = vae.config
     channels = getattr(config, "latent_channels", None)
     stride = getattr(config, "spatial_compression_ratio", None)
-    if stride is None and getattr(config, "block_out_channels", None):
-        stride = 2 ** (len(config.block_out_channels) - 1)  # what diffusers' pipelines compute
+    levels = getattr(config, "block_out_channels", None) or getattr(config, "encoder_block_out_channels", None)
+    if stride is None and levels:
+        stride = 2 ** (len(levels) - 1)  # what diffusers' pipelines compute
     if channels is None or stride is None:
         raise ConfigError(
             f"the configuration of {type(vae).__name__} has no latent_channels, or neither spatial_compression_ratio "
@@ -62,7 +63,8 @@ def resize_latent_io(model: M, channels: int, patch_size: int) -> M:
         patch_size: latent cells per token, on each axis.
 
     Raises:
-        ConfigError: the model has other layers, or a number is below 1.
+        ConfigError: the model has other layers, reads more than the latent (inpainting and control models), or a
+            number is below 1.
     """
     if channels < 1 or patch_size < 1:
         raise ConfigError(f"channels {channels} and patch_size {patch_size} came; wanted both at least 1")
@@ -86,7 +88,9 @@ def _resize_patches(model: Any, embedder: Any, channels: int, patch: int) -> Non
     old_channels, old_patch = old.in_channels, old.kernel_size[0]
     owner, name = _output_layer(model)  # type: ignore[misc]  (checked by the caller)
     linear = getattr(owner, name)
-    times = linear.out_features // (old_patch**2 * old_channels)  # 2 where the variance is learned
+    times, rest = divmod(linear.out_features, old_patch**2 * old_channels)  # 2 where the variance is learned
+    if rest or not times:
+        raise _reads_more(model, old_channels, linear.out_features / old_patch**2)
     embedder.proj = nn.Conv2d(channels, old.out_channels, patch, patch, bias=old.bias is not None).to(old.weight)
     _initialise(embedder.proj)
     setattr(owner, name, _zero_linear(linear, patch**2 * times * channels))
@@ -94,18 +98,31 @@ def _resize_patches(model: Any, embedder: Any, channels: int, patch: int) -> Non
     embedder.patch_size = (patch, patch) if is_pair else patch
     if getattr(embedder, "img_size", None) is not None:
         embedder.img_size = tuple(side * patch for side in embedder.grid_size)
-    sizes = {"in_channels": channels, "out_channels": times * channels, "patch_size": patch}
+    sizes: dict[str, Any] = {"in_channels": channels, "out_channels": times * channels, "patch_size": patch}
     if hasattr(embedder, "height"):  # diffusers
         sizes["sample_size"] = embedder.height * patch
+        if "interpolation_scale" in model.config:  # PixArt draws two more from sample_size, where they are None
+            drawn = {"interpolation_scale": max(model.config.sample_size // 64, 1)}
+            drawn["use_additional_conditions"] = getattr(model, "use_additional_conditions", None)
+            sizes |= {name: value for name, value in drawn.items() if model.config.get(name, 0) is None}
     _tell(model, sizes)
 
 
 def _resize_packed(model: Any, channels: int, patch: int) -> None:
     old, width = model.x_embedder, channels * patch**2
+    if old.in_features != model.proj_out.out_features:
+        raise _reads_more(model, old.in_features, model.proj_out.out_features)
     model.x_embedder = nn.Linear(width, old.out_features, bias=old.bias is not None).to(old.weight)
     _initialise(model.x_embedder)
     model.proj_out = _zero_linear(model.proj_out, width)
     _tell(model, {"in_channels": width, "out_channels": width})
+
+
+def _reads_more(model: Any, takes: float, gives: float) -> ConfigError:
+    return ConfigError(
+        f"{type(model).__name__} takes {takes:g} channels and gives {gives:g}: it reads more than the latent (a mask, "
+        "an image); wanted a model that gives as many channels as it takes, or a multiple"
+    )
 
 
 def _output_layer(model: Any) -> tuple[Any, str] | None:
@@ -127,7 +144,7 @@ def _zero_linear(old: nn.Linear, out_features: int) -> nn.Linear:
     return new
 
 
-def _tell(model: Any, sizes: dict[str, int]) -> None:
+def _tell(model: Any, sizes: dict[str, Any]) -> None:
     """Attributes and configuration that repeat the sizes."""
     for name, size in sizes.items():
         if isinstance(model.__dict__.get(name), int):

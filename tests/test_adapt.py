@@ -1,5 +1,7 @@
 """A generator fitted to another latent: new first and last layers, the rest as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.layers.patch_embed import PatchEmbed
@@ -7,7 +9,7 @@ from torch import nn
 
 from psvae.adapt import latent_shape, resize_latent_io
 from psvae.errors import ConfigError, ShapeError
-from tests.base import assert_equal
+from tests.base import assert_close, assert_equal
 from tests.tiny import tiny_pixel_vae, tiny_psvae
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with psvae[dev]")
@@ -53,6 +55,11 @@ def flux():
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
+
+
+def dc_config():
+    """Of AutoencoderDC: no stride, and the levels of the encoder alone."""
+    return SimpleNamespace(latent_channels=32, encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024))
 
 
 def call(model, x):
@@ -111,6 +118,48 @@ def test_diffusers_models_save_and_reload(build, tmp_path):
         assert (again.config.patch_size, again.config.sample_size) == (1, 4)  # the grid of tokens is as it was
 
 
+@torch.no_grad()
+def test_pixart_at_1024_px_reloads_with_its_positions(tmp_path):
+    """diffusers draws the scale of its position table, and a module, from the sample size, which changes here."""
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=128, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=6,
+        num_attention_heads=2, cross_attention_dim=12, caption_channels=8,
+    ).eval()  # fmt: skip
+    resize_latent_io(model, 96, 1)
+    nn.init.normal_(model.proj_out.weight)
+    model.save_pretrained(tmp_path)
+    again = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+    inputs = {
+        "encoder_hidden_states": torch.ones(1, 3, 8), "timestep": torch.ones(1), "return_dict": False,
+        "encoder_attention_mask": torch.ones(1, 3),
+        "added_cond_kwargs": {"resolution": torch.full((1, 2), 1024.0), "aspect_ratio": torch.ones(1, 1)},
+    }  # fmt: skip
+    x = torch.randn(1, 96, 64, 64)
+    assert_close([again(x, **inputs)[0]], [model(x, **inputs)[0]], tolerance=1e-4)
+
+
+def test_models_that_read_more_than_the_latent_are_refused():
+    fields = {"num_layers": 1, "joint_attention_dim": 8, "pooled_projection_dim": 8, "num_attention_heads": 2}
+    inpainting = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=33, out_channels=16, attention_head_dim=8, caption_projection_dim=16,
+        pos_embed_max_size=8, **fields,
+    )  # fmt: skip
+    fill = diffusers.FluxTransformer2DModel(
+        in_channels=96, out_channels=16, num_single_layers=1, attention_head_dim=16, axes_dims_rope=(4, 4, 8), **fields
+    )
+    for model, said in ((inpainting, "takes 33 channels and gives 16"), (fill, "takes 96 channels and gives 16")):
+        before = [value.clone() for value in model.state_dict().values()]
+        with pytest.raises(ConfigError, match=f"{said}: it reads more than the latent"):
+            resize_latent_io(model, 96, 1)
+        assert_equal(model.state_dict().values(), before)
+
+
+@pytest.mark.parametrize("patch", [1, 3])
+def test_odd_patches(patch):
+    model = resize_latent_io(PlainDiT(input_size=9, patch_size=3), 7, patch)
+    assert model(torch.randn(1, 7, 3 * patch, 3 * patch)).shape == (1, 14, 3 * patch, 3 * patch)
+
+
 def test_dtype_stays():
     model = resize_latent_io(PlainDiT().bfloat16(), 96, 1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -129,6 +178,7 @@ def test_latent_shape():
     kl = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
                                  up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1)  # fmt: skip
     assert latent_shape(kl, 64) == (4, 16, 16)
+    assert latent_shape(SimpleNamespace(config=dc_config()), 64) == (32, 2, 2)
     with pytest.raises(ShapeError, match="an image side is 36; wanted a multiple of the stride 8, nearest 32"):
         latent_shape(tiny_psvae(), (32, 36))
     with pytest.raises(ConfigError, match="has no latent_channels"):
