@@ -94,7 +94,7 @@ def _family(encoder: Any) -> str | None:
     vit, config = encoder.vit, encoder.config
     if type(vit).__name__ == "Eva":
         rotary = type(getattr(vit, "rope", None)).__name__ == "RotaryEmbeddingDinoV3"
-        whole = vit.cls_token is not None and vit.reg_token is not None and hasattr(vit.blocks[0], "gamma_1")
+        whole = vit.cls_token is not None and hasattr(vit.blocks[0], "gamma_1")
         return "dinov3_vit" if rotary and whole and vit.pos_embed is None else None
     height, width = vit.patch_embed.grid_size
     if vit.pos_embed is None or height != width:
@@ -130,7 +130,8 @@ def _describe(vit: Any, gated: bool) -> dict[str, Any]:
         "qkv_bias": block.attn.q_bias is not None if eva else block.attn.qkv.bias is not None,
     }
     if eva:
-        arguments |= {"num_reg_tokens": vit.reg_token.shape[1], "rope_temperature": vit.rope.temperature}
+        registers = 0 if vit.reg_token is None else vit.reg_token.shape[1]
+        arguments |= {"num_reg_tokens": registers, "rope_temperature": vit.rope.temperature}
         return arguments | ({"swiglu_mlp": True, "swiglu_align_to": 1} if gated else {})
     arguments |= {"img_size": vit.patch_embed.img_size[0], "act_layer": _activation(block.mlp.act)}
     return arguments | ({"reg_tokens": vit.reg_token.shape[1]} if vit.reg_token is not None else {})

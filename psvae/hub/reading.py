@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,13 @@ from psvae.hub.source import CONFIG, LISTED, Source
 
 __all__ = ["INDEX", "WEIGHTS", "Checkpoint", "read_pickle"]
 
+_log = logging.getLogger("psvae")
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-WRAPPERS = ("state_dict", "model")  # under which training scripts put the weights
+WRAPPERS = ("state_dict", "model", "module")  # under which training scripts put the weights
+AVERAGED = ("ema", "model_ema", "ema_state_dict")  # where some put their moving average too
 PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
 
 
@@ -214,6 +218,9 @@ def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
     content = read_pickle(path, allowed)
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            averaged = [name for name in AVERAGED if isinstance(content.get(name), dict)]
+            if averaged:
+                _log.warning("%s holds %r and a moving average %r: %r is read", path, wrapper, averaged[0], wrapper)
             content = content[wrapper]
     plain = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     if not plain:

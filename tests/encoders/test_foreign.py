@@ -279,6 +279,8 @@ def test_a_configuration_that_does_not_fit(folder, change, said):
         ({"key_bias": True}, "key_bias True"),
         ({"value_bias": False}, "value_bias False"),
         ({"hidden_act": "silu"}, "hidden_act 'silu'; wanted 'gelu'"),
+        ({"num_register_tokens": 0}, "1 unexpected: embeddings.register_tokens"),
+        ({"num_register_tokens": -1}, "num_register_tokens -1; wanted a positive int, or 0"),
     ],
 )
 def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):

@@ -60,7 +60,12 @@ def load_or_refuse(folder, model):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**6)
+    | st.sampled_from([2**31 - 1, 10**12, 10**30])
+    | st.floats()
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -74,11 +79,8 @@ def paths(values, prefix=()):
             yield from paths(value, (*prefix, key))
 
 
-@EXAMPLES
-@given(data=st.data())
-def test_a_config_with_one_value_changed(broken, whole, data):
-    folder, model = broken
-    values = json.loads((whole[0] / "config.json").read_text())
+def with_one_value_changed(values, data):
+    """A configuration in which one value, at any depth, is another or gone."""
     where = data.draw(st.sampled_from(sorted(paths(values))))
     inner = values
     for key in where[:-1]:
@@ -87,7 +89,32 @@ def test_a_config_with_one_value_changed(broken, whole, data):
         inner[where[-1]] = data.draw(JSON)
     else:
         del inner[where[-1]]
-    (folder / "config.json").write_text(json.dumps(values))
+    return values
+
+
+def with_one_entry_changed(raw, data):
+    """The bytes of a safetensors file in whose header one entry is another or gone."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    key = data.draw(st.sampled_from(sorted(header)))
+    change = data.draw(st.sampled_from(["drop", "rename", "shape", "dtype", "offsets", "anything"]))
+    entry = header.pop(key)
+    if change == "rename":
+        header[data.draw(st.sampled_from(sorted(header)) | st.text(max_size=20))] = entry
+    elif change != "drop":
+        field = {"shape": "shape", "dtype": "dtype", "offsets": "data_offsets"}.get(change)
+        value = data.draw(JSON if field != "shape" else st.lists(st.integers(0, 4096), max_size=5))
+        header[key] = value if field is None or not isinstance(entry, dict) else {**entry, field: value}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_a_config_with_one_value_changed(broken, whole, data):
+    folder, model = broken
+    values = json.loads((whole[0] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(with_one_value_changed(values, data)))
     load_or_refuse(folder, model)
 
 
@@ -107,20 +134,7 @@ def weights_in(folder: Path) -> Path:
 @given(data=st.data())
 def test_a_header_with_one_entry_changed(broken, whole, data):
     folder, model = broken
-    raw = weights_in(whole[0]).read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    key = data.draw(st.sampled_from(sorted(header)))
-    change = data.draw(st.sampled_from(["drop", "rename", "shape", "dtype", "offsets", "anything"]))
-    entry = header.pop(key)
-    if change == "rename":
-        header[data.draw(st.text(max_size=20))] = entry
-    elif change != "drop":
-        field = {"shape": "shape", "dtype": "dtype", "offsets": "data_offsets"}.get(change)
-        value = data.draw(JSON if field != "shape" else st.lists(st.integers(0, 4096), max_size=5))
-        header[key] = value if field is None or not isinstance(entry, dict) else {**entry, field: value}
-    text = json.dumps(header).encode()
-    weights_in(folder).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    weights_in(folder).write_bytes(with_one_entry_changed(weights_in(whole[0]).read_bytes(), data))
     load_or_refuse(folder, model)
 
 

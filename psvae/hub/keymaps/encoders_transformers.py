@@ -92,7 +92,7 @@ def _read_dinov3(values: Json, header: Header) -> dict[str, Any]:
     choice(values, "hidden_act", {"silu": "silu"} if gated else {"gelu": "gelu"})  # the ones that timm's class has
     fields = _shared(values, header)
     args = fields["model_args"] | {"qkv_bias": bias, "rope_temperature": number(values, "rope_theta", float)}
-    args["num_reg_tokens"] = number(values, "num_register_tokens")
+    args["num_reg_tokens"] = number(values, "num_register_tokens", least=0)
     if gated:
         args |= {"swiglu_mlp": True, "swiglu_align_to": 1}
     return fields | {"name": "vit_base_patch16_dinov3", "model_args": args, **IMAGENET}
