@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from psvae import PSVAE
+from psvae import PSVAE, AutoencoderPSVAE, PixelVAE
 from tests.base import assert_close, assert_equal
-from tests.tiny import fill_weights, tiny_psvae
+from tests.tiny import fill_weights, tiny_pixel_vae, tiny_psvae
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples/cache_latents.py"
@@ -40,6 +41,7 @@ def workspace(tmp_path_factory):
 
 def start(root, name, *more, launcher=()):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache")}
     command = [
         sys.executable, *launcher, str(SCRIPT), "--vae", str(root / "vae"), "--data", str(root / "images"),
         "--output", str(root / name), "--size", "32", "--batch-size", "2", "--shard-size", str(SHARD), "--workers", "0",
@@ -76,7 +78,7 @@ def test_contents_equal_direct_encoding(workspace):
     assert not mirrored.mean.allclose(posterior.mean, atol=1e-2)
     spread = (whole["latents_flip"] - mirrored.mean) / mirrored.std
     assert 0.8 < spread.std() < 1.2
-    statistics = load_file(workspace / "whole/latents_stats.safetensors")
+    statistics = torch.load(workspace / "whole/latents_stats.pt", weights_only=True)
     assert_close([statistics["mean"]], [drawn.mean((0, 2, 3), keepdim=True)])
     assert_close([statistics["std"]], [drawn.std((0, 2, 3), keepdim=True, correction=0)])
 
@@ -91,21 +93,103 @@ def test_a_killed_run_goes_on_to_the_same_bytes(workspace):
         shards(workspace / "killed")[2].unlink()
     left = len(shards(workspace / "killed"))
     assert 1 <= left <= 3
+    (workspace / "killed/.latents_000003.safetensors.1").write_bytes(b"half")  # as a kill in the middle of writing
     text = finish(start(workspace, "killed"))
     assert f"{COUNT} images in 4 shards, {4 - left} of them written now" in text
     for one, other in zip(shards(workspace / "whole"), shards(workspace / "killed"), strict=True):
         assert one.read_bytes() == other.read_bytes()
+    assert not list((workspace / "killed").glob(".*"))
 
 
 def test_two_processes_write_the_same_files(workspace):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29731")  # fmt: skip
-    finish(start(workspace, "two", launcher=launcher))
+    killed = workspace / "two"  # by its first process alone: the two share what is left
+    killed.mkdir()
+    for name in ("manifest.json", "latents_000000.safetensors", "latents_000002.safetensors"):
+        shutil.copy(workspace / "whole" / name, killed)
+    text = finish(start(workspace, "two", launcher=launcher))
+    assert "10 images in 4 shards, 2 of them written now" in text
     for one, other in zip(shards(workspace / "whole"), shards(workspace / "two"), strict=True):
         assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("field", ["vae", "data", "size", "seed", "moments"])
+@torch.no_grad()
+@pytest.mark.parametrize("labels", ["label", "class_name", None])
+def test_a_hugging_face_dataset_gives_the_same(workspace, tmp_path, labels):
+    datasets = pytest.importorskip("datasets", reason="datasets comes with psvae[train]")
+    files = sorted((workspace / "images").rglob("*.png"))
+    columns = {"photo": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    columns |= {"label": [int(f.parent.name == "dog") for f in files], "class_name": [f.parent.name for f in files]}
+    table = datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image())
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(tmp_path / "parquet/validation.parquet")
+    (tmp_path / "vae").symlink_to(workspace / "vae")
+    column = ("--label-column", str(labels))
+    more = ("--data", str(tmp_path / "parquet"), "--split", "validation", "--image-column", "photo", *column)
+    finish(start(tmp_path, "out", *more))
+    for ours, theirs in zip(shards(tmp_path / "out"), shards(workspace / "whole"), strict=True):
+        got, wanted = load_file(ours), load_file(theirs)
+        if labels is None:
+            wanted["labels"] = torch.zeros_like(wanted["labels"])
+        assert_equal([got[name] for name in wanted], wanted.values())
+    if labels == "label":
+        text = finish(start(tmp_path, "out", *more[:4]), expect=1)
+        assert "10 rows of columns photo, label, class_name; wanted rows with image and label: see --image-column" in text
+
+
+def test_the_folder_is_one_for_lightningdit(workspace):
+    """Its ImgLatentDataset takes every .safetensors file for a shard, and ``latents_stats.pt`` for the statistics."""
+    files = sorted((workspace / "whole").glob("*.safetensors"))
+    assert sum(len(load_file(file)["labels"]) for file in files) == COUNT
+    statistics = torch.load(workspace / "whole/latents_stats.pt")
+    assert {name: tuple(tensor.shape) for name, tensor in statistics.items()} == {
+        "mean": (1, 8, 1, 1), "std": (1, 8, 1, 1)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rae", "diffusers", "pixel", "kl"])
+def test_every_folder_of_a_vae_is_recognised(tmp_path, monkeypatch, kind):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Options, load_vae
+
+    if kind == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers comes with psvae[diffusers]")
+        AutoencoderPSVAE.from_psvae(tiny_psvae()).save_pretrained(tmp_path)
+    elif kind == "kl":
+        tiny_pixel_vae().export_diffusers(tmp_path)
+    else:
+        (tiny_psvae("rae") if kind == "rae" else tiny_pixel_vae()).save_pretrained(tmp_path)
+    vae = load_vae(Options(str(tmp_path), "images", tmp_path), torch.device("cpu"))
+    assert isinstance(vae, PSVAE if kind in ("rae", "diffusers") else PixelVAE)
+
+
+def test_a_broken_vae_is_named(tmp_path, monkeypatch):
+    """What `PSVAE` says of its own folder is not lost."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Options, load_vae
+
+    tiny_psvae().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["decoder.conv_in.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"1 missing: decoder\.conv_in\.bias"):
+        load_vae(Options(str(tmp_path), "images", tmp_path), torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_a_point_has_moments_that_draw_itself(workspace, tmp_path):
+    """RAE has no noise; a log-variance of 0 would give a training run noise of std 1."""
+    fill_weights(tiny_psvae("rae")).save_pretrained(tmp_path / "vae")
+    (tmp_path / "images").symlink_to(workspace / "images")
+    finish(start(tmp_path, "out"))
+    for path in shards(tmp_path / "out"):
+        shard = load_file(path)
+        drawn = shard["mean"] + torch.exp(0.5 * shard["logvar"]) * torch.randn_like(shard["mean"])
+        assert_close([drawn], [shard["latents"]])
+
+
+@pytest.mark.parametrize("field", ["names", "vae", "data", "size", "seed", "moments"])
 def test_another_run_is_refused(workspace, monkeypatch, field):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from cache_latents import claim
@@ -148,3 +232,20 @@ def test_the_reader(workspace, monkeypatch):
     assert_close([normal.mean((0, 2, 3)), normal.std((0, 2, 3), correction=0)], [torch.zeros(8), torch.ones(8)], 1e-4)
     with pytest.raises(IndexError):
         data[COUNT]
+    drawing = CachedLatents(workspace / "whole", draw=True)
+    moments = load_file(workspace / "whole/latents_000000.safetensors")
+    draws = torch.stack([drawing[0][0] for _ in range(300)])
+    assert_close([draws.mean(0), draws.std(0)], [moments["mean"][0], torch.exp(0.5 * moments["logvar"][0])], 0.3)
+    with pytest.raises(ValueError, match="draw takes the moments of the straight images"):
+        CachedLatents(workspace / "whole", draw=True, flip=True)
+
+
+def test_the_reader_in_several_processes_gives_each_sample_once(workspace, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import CachedLatents
+
+    data = CachedLatents(workspace / "whole")
+    data[0]  # an open shard does not travel to the loader's processes
+    rows = [row for batch, _ in DataLoader(data, batch_size=2, shuffle=True, num_workers=2) for row in batch]
+    places = [[bool(row.equal(data[place][0])) for place in range(COUNT)].index(True) for row in rows]
+    assert sorted(places) == list(range(COUNT))
