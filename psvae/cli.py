@@ -1,8 +1,8 @@
 """The ``psvae`` command: look at a checkpoint, convert it, reconstruct images with it."""
 
-import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +131,7 @@ def reconstruct(
     device: str = "cpu",
     allow_pickle: bool = False,
 ) -> int:
-    """Encode and decode images; writes each reconstruction and a side-by-side picture, prints the PSNR.
+    """Encode and decode images; prints the PSNR. Writes NAME_reconstructed.png and NAME_side_by_side.png.
 
     Args:
         images: image files. What exceeds a multiple of the stride at the right and below is cropped, and it is said.
@@ -142,10 +142,14 @@ def reconstruct(
         allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not images:
         raise ConfigError("no image came; wanted one or more files")
+    twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
+    if twice:
+        raise ConfigError(f"several images are named {twice[0]}, so are their pictures; run the command once for each")
+    _check_device(device)
     cls, _ = _recognise(_open(model, None, None, revision, allow_pickle))
     if cls.__name__ not in ("PSVAE", "PixelVAE"):
         raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
@@ -154,7 +158,7 @@ def reconstruct(
     output.mkdir(parents=True, exist_ok=True)
     for path in images:
         try:
-            picture = Image.open(path).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise ConfigError(f"{path} cannot be read as an image ({error})") from error
         width, height = (side // stride * stride for side in picture.size)
@@ -167,10 +171,11 @@ def reconstruct(
         with torch.no_grad():
             rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         psnr = 10 * torch.log10(4 / (rebuilt - pixels).square().mean())
-        for name, shown in ((path.stem, rebuilt), (f"{path.stem}_side_by_side", torch.cat([pixels, rebuilt], dim=3))):
+        pictures = {"reconstructed": rebuilt, "side_by_side": torch.cat([pixels, rebuilt], dim=3)}
+        for name, shown in pictures.items():
             array = (shown[0] * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-            Image.fromarray(array).save(output / f"{name}.png")
-        _say(path.name, f"{psnr.item():.2f} dB, {output / path.stem}.png")
+            Image.fromarray(array).save(output / f"{path.stem}_{name}.png")
+        _say(path.name, f"{psnr.item():.2f} dB, {output / path.stem}_reconstructed.png")
     return 0
 
 
@@ -181,9 +186,17 @@ def main(arguments: list[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             commands, prog="psvae", description="Image latents that also carry meaning.", args=arguments
         )
-    except PSVAEError as error:
+    except (PSVAEError, OSError) as error:
         sys.stderr.write(f"psvae: {error}\n")
         return 2
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # CUDA that PyTorch was built without is an assertion
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device is {name!r}, which cannot be used here ({reason}); cpu always can") from error
 
 
 def _open(source: str, file: str | None, variant: str | None, revision: str | None, pickles: bool) -> Checkpoint:
@@ -226,7 +239,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _say(name: str, value: Any) -> None:
-    sys.stdout.write(f"{name + ':':<28}{value}{os.linesep}")
+    sys.stdout.write(f"{name + ':':<28}{value}\n")
 
 
 if __name__ == "__main__":

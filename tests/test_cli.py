@@ -87,7 +87,24 @@ def test_reconstruct(kl, tmp_path, capsys):
     both = np.asarray(Image.open(tmp_path / "out/a_side_by_side.png"))
     assert both.shape == (32, 96, 3)
     assert np.array_equal(both[:, :48], pixels[:32, :48])
-    assert np.array_equal(both[:, 48:], np.asarray(Image.open(tmp_path / "out/a.png")))
+    assert np.array_equal(both[:, 48:], np.asarray(Image.open(tmp_path / "out/a_reconstructed.png")))
+
+
+def test_reconstruct_leaves_the_photograph_alone(kl, tmp_path):
+    photograph = tmp_path / "a.png"
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(photograph)
+    before = photograph.read_bytes()
+    assert main(["reconstruct", str(photograph), "--model", str(kl), "--output", str(tmp_path)]) == 0
+    assert photograph.read_bytes() == before
+
+
+def test_reconstruct_turns_a_photograph_as_its_camera_says(kl, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert main(["reconstruct", str(tmp_path / "a.jpg"), "--model", str(kl), "--output", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out/a_reconstructed.png") as picture:
+        assert picture.size == (32, 48)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +121,12 @@ def test_reconstruct(kl, tmp_path, capsys):
             "a PSVAE has no layout 'ldm'; wanted one of: psvae, diffusers",
         ),
         (["reconstruct", "{root}/no.png", "--model", "{kl}"], "no.png cannot be read as an image"),
+        (["reconstruct", "a/x.png", "b/x.jpg", "--model", "{kl}"], "several images are named x"),
+        (
+            ["reconstruct", "x.png", "--model", "{kl}", "--device", "foo"],
+            "--device is 'foo', which cannot be used here",
+        ),
+        (["convert", "{own}", "{root}/x.ckpt/new", "--to", "diffusers"], "Not a directory"),
         (["inspect", "{root}/other"], "is of no layout that psvae reads (names like a, b); it reads its own and: LDM"),
         (["inspect", "{root}/x.ckpt"], "is a pickle, which can run code"),
     ],
