@@ -18,10 +18,11 @@ from psvae.errors import CheckpointError
 from psvae.hub.formats import Header, Rule
 from psvae.hub.source import CONFIG, LISTED, Source
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "read_pickle"]
+__all__ = ["INDEX", "PROCESSOR", "WEIGHTS", "Checkpoint", "read_pickle"]
 
 _log = logging.getLogger("psvae")
 
+PROCESSOR = "preprocessor_config"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,7 +39,8 @@ class Checkpoint:
         variant: such as ``"fp16"`` in ``diffusion_pytorch_model.fp16.safetensors``.
 
     Attributes:
-        config: the content of ``config.json``, or None where there is none.
+        config: the content of ``config.json``, or None where there is none. transformers' also has that of
+            ``preprocessor_config.json``, or None, as `PROCESSOR`.
         files: where the tensors are, once `header` is read.
 
     Raises:
@@ -47,7 +49,9 @@ class Checkpoint:
 
     def __init__(self, source: Source, *, file: str | None, variant: str | None, allow_pickle: bool) -> None:
         self.source, self.file, self.variant, self.allow_pickle = source, file or source.file, variant, allow_pickle
-        self.config = _read_json(source)
+        self.config = _read_json(source, CONFIG)
+        if self.config is not None and "model_type" in self.config:  # transformers': the colours are in another file
+            self.config[PROCESSOR] = _read_json(source, f"{PROCESSOR}.json")
         self.files: list[Path] = []
         self._names: dict[str, tuple[Path, str]] = {}  # cleaned name → (file, name in it)
         self._pickled: dict[str, Tensor] | None = None
@@ -63,7 +67,7 @@ class Checkpoint:
         if self.files and self.files[0].suffix == ".safetensors":
             shapes = {(path, key): shape for path in self.files for key, shape in _header(path).items()}
         else:
-            path = self.files[0] if self.files else _find_pickle(self.source)
+            path = self.files[0] if self.files else _find_pickle(self.source, self.variant)
             self.files = [path]
             self._pickled = _read_state_dict(path, self.allow_pickle)
             shapes = {(path, key): tuple(tensor.shape) for key, tensor in self._pickled.items()}
@@ -100,10 +104,18 @@ class Checkpoint:
                 path, key = self._names[name]
                 return handles[path].get_tensor(key) if self._pickled is None else self._pickled[key]
 
-            weights = {}
+            weights, storages = {}, set()
             for key, rule in rules.items():
                 tensor = rule.load(*map(fetch, rule.theirs))
-                weights[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                if expected[key].is_floating_point() and not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{' + '.join(rule.theirs)} of {self.source} holds {tensor.dtype}; wanted floating point: "
+                        "quantised weights are not read"
+                    )
+                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                storage = tensor.untyped_storage().data_ptr()
+                weights[key] = tensor.clone() if storage in storages else tensor  # tied in a pickle, not in the model
+                storages.add(storage)
         return weights
 
     def _find(self) -> list[Path]:
@@ -122,8 +134,6 @@ class Checkpoint:
             index = next((found for found in map(self.source.find, dict.fromkeys(names)) if found), None)
             if index is not None:
                 return self._shards(index)
-        if self.variant:
-            raise CheckpointError(f"{self.source} has no weights of variant {self.variant!r}; {self.source.listing()}")
         return []
 
     def _shards(self, index: Path) -> list[Path]:
@@ -171,8 +181,8 @@ class Checkpoint:
             )
 
 
-def _read_json(source: Source) -> dict[str, Any] | None:
-    path = source.find(CONFIG)
+def _read_json(source: Source, name: str) -> dict[str, Any] | None:
+    path = source.find(name)
     if path is None:
         return None
     try:
@@ -180,7 +190,9 @@ def _read_json(source: Source) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); save or download it again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} has no '_class': it was not written by psvae's save_pretrained")
+        raise CheckpointError(
+            f"{path} holds no dictionary and has no '_class': it was not written by psvae's save_pretrained"
+        )
     return values
 
 
@@ -206,9 +218,16 @@ def _clean_names(names: Sequence[str]) -> dict[str, str]:
     return clean
 
 
-def _find_pickle(source: Source) -> Path:
-    candidates = [f"{stem}{ending}" for stem in ("pytorch_model", *STEMS) for ending in PICKLES]
+def _find_pickle(source: Source, variant: str | None) -> Path:
+    middle = f".{variant}" if variant else ""
+    candidates = [f"{stem}{middle}{ending}" for stem in ("pytorch_model", *STEMS) for ending in PICKLES]
     path = next((found for found in map(source.find, candidates) if found), None)
+    if path is None and source.find("model_index.json") is not None:
+        raise CheckpointError(
+            f"{source} holds a pipeline, which is many models; pass subfolder='vae' or another of them"
+        )
+    if path is None and variant:
+        raise CheckpointError(f"{source} has no weights of variant {variant!r}; {source.listing()}")
     if path is None:
         raise CheckpointError(f"{source} has no {WEIGHTS} (nor {INDEX} with shards); {source.listing()}")
     return path
@@ -222,9 +241,17 @@ def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
             if averaged:
                 _log.warning("%s holds %r and a moving average %r: %r is read", path, wrapper, averaged[0], wrapper)
             content = content[wrapper]
-    plain = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if not plain:
-        raise CheckpointError(f"{path} does not hold a plain state dict of tensors")
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} does not hold a plain state dict of tensors: it is a {type(content).__name__}; wanted a dict"
+        )
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"a tensor of {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise CheckpointError(
+                f"{path} does not hold a plain state dict of tensors: {name!r} is {what}; wanted tensors alone, or "
+                f"a dict of them under {' or '.join(map(repr, WRAPPERS))}"
+            )
     return content
 
 

@@ -122,6 +122,20 @@ def test_fields_that_a_file_leaves_out_are_the_librarys_defaults(tmp_path):
     assert encoder.config.mean == (0.5, 0.5, 0.5)
 
 
+def test_the_image_processor_beside_the_model_says_the_colours(tmp_path):
+    """DINOv3's satellite models are not normalised by ImageNet's, and only that file says so."""
+    foreign.family_model("dinov3").save_pretrained(tmp_path)
+    assert SemanticEncoder.from_pretrained(tmp_path).config.mean == (0.485, 0.456, 0.406)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}))
+    config = SemanticEncoder.from_pretrained(tmp_path).config
+    assert (config.mean, config.std) == ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
+    for content, said in (('{"image_mean": 0.5}', "mean is 0.5"), ("{", "preprocessor_config.json is not valid JSON")):
+        path.write_text(content)
+        with pytest.raises((CheckpointError, ConfigError), match=said):
+            SemanticEncoder.from_pretrained(tmp_path)
+
+
 def test_an_activation_and_an_eps_of_its_own(tmp_path):
     model = foreign.family_model("siglip", hidden_act="gelu", layer_norm_eps=0.1)
     model.save_pretrained(tmp_path)

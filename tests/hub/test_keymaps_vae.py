@@ -274,6 +274,56 @@ def test_a_faulty_file_of_a_whole_generator(tmp_path, fault, message):
         PixelVAE.from_pretrained(tmp_path / "whole.safetensors")
 
 
+def rewrite(path, change):
+    state = load_file(path)
+    save_file(state | change(state), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_quantised_weights_are_refused(folder, dtype):
+    rewrite(folder / WEIGHTS, lambda s: {"encoder.conv_in.bias": s["encoder.conv_in.bias"].to(dtype)})
+    with pytest.raises(CheckpointError, match=rf"encoder.conv_in.bias of .* holds {dtype}; wanted floating point"):
+        PixelVAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_the_one_asked_for(folder, dtype):
+    rewrite(folder / WEIGHTS, lambda s: {name: tensor.to(dtype) for name, tensor in s.items()})
+    assert {x.dtype for x in PixelVAE.from_pretrained(folder).state_dict().values()} == {torch.float32}
+    half = PixelVAE.from_pretrained(folder, dtype=torch.float16)
+    assert {x.dtype for x in half.state_dict().values()} == {torch.float16}
+
+
+def test_tensors_tied_in_a_pickle_are_apart_in_the_model(folder, tmp_path_factory):
+    state, first, second = load_file(folder / WEIGHTS), *(f"encoder.mid_block.resnets.{i}.norm1.weight" for i in (0, 1))
+    torch.save(state | {second: state[first]}, folder / "diffusion_pytorch_model.fp16.bin")
+    vae = PixelVAE.from_pretrained(folder, variant="fp16", allow_pickle=True)
+    one, other = vae.encoder.middle.block1.norm1.weight, vae.encoder.middle.block2.norm1.weight
+    assert torch.equal(one, other)
+    assert one.data_ptr() != other.data_ptr()
+    vae.save_pretrained(tmp_path_factory.mktemp("own"))  # safetensors takes no shared storage
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch's, on reading
+def test_a_sparse_tensor_is_refused(folder):
+    state = load_file(folder / WEIGHTS)
+    state["encoder.conv_in.bias"] = state["encoder.conv_in.bias"].to_sparse()
+    torch.save(state, folder / "x.pt")
+    with pytest.raises(CheckpointError, match=r"'encoder.conv_in.bias' is a tensor of torch.sparse_coo"):
+        PixelVAE.from_pretrained(folder / "x.pt", allow_pickle=True)
+
+
+def test_a_whole_pipeline_says_which_subfolder(folder):
+    whole = folder / "whole"
+    (whole / "vae").mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        (whole / "vae" / name).write_bytes((folder / name).read_bytes())
+    (whole / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a pipeline, which is many models; pass subfolder='vae'"):
+        PixelVAE.from_pretrained(whole)
+    PixelVAE.from_pretrained(whole, subfolder="vae")
+
+
 class Callback:
     """Something that a training framework leaves in its checkpoints."""
 
