@@ -35,6 +35,8 @@ _READ_BY_CALLERS = (
     "force_upcast",
 )  # fmt: skip
 
+_PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")  # where to look, as the core names it
+
 
 class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     """What both classes share: a core whose children are this module's children.
@@ -97,11 +99,24 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As every diffusers model, and strict: diffusers alone leaves missing weights empty and says nothing.
 
+        Folders that are not of this class are read as the core reads them: psvae's own, and those of other projects,
+        such as ``AutoencoderKL``'s. From those, ``subfolder``, ``revision``, ``variant``, ``torch_dtype`` and the
+        options of the Hub are taken.
+
         Raises:
-            CheckpointError: weights are missing or unexpected, all listed.
+            CheckpointError: of another model, or weights are missing, unexpected or mis-shaped, all listed.
         """
+        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+        kind = cls.load_config(pretrained_model_name_or_path, **place).get("_class_name")  # type: ignore[union-attr]
+        if kind != cls.__name__:
+            return cls._from_core_format(pretrained_model_name_or_path, place, kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except ConfigError:
+            raise
+        except ValueError as error:  # diffusers' word for a mis-shaped tensor, without the name of the folder
+            raise CheckpointError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
         model, report = loaded
         faults = {kind: keys for kind, keys in report.items() if keys}
         if faults:
@@ -110,6 +125,16 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"the weights of {pretrained_model_name_or_path} do not fit its configuration. {said}"
             )
         return (model, report) if wants_report else model
+
+    @classmethod
+    def _from_core_format(cls, name: Any, place: dict[str, Any], options: dict[str, Any]) -> Self:
+        if options.get("device_map") is not None or options.get("output_loading_info"):
+            raise CheckpointError(
+                f"{name} was not saved by {cls.__name__}: device_map and output_loading_info do not apply; load it "
+                "without them, and save_pretrained it where they are needed"
+            )
+        dtype = options.get("torch_dtype") or options.get("dtype") or torch.float32
+        return cls._around(cls.core_class.from_pretrained(name, variant=options.get("variant"), dtype=dtype, **place))
 
     @apply_forward_hook
     def encode(self, x: Images, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:

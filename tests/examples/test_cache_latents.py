@@ -135,7 +135,9 @@ def test_a_hugging_face_dataset_gives_the_same(workspace, tmp_path, labels):
         assert_equal([got[name] for name in wanted], wanted.values())
     if labels == "label":
         text = finish(start(tmp_path, "out", *more[:4]), expect=1)
-        assert "10 rows of columns photo, label, class_name; wanted rows with image and label: see --image-column" in text
+        assert (
+            "10 rows of columns photo, label, class_name; wanted rows with image and label: see --image-column" in text
+        )
 
 
 def test_the_folder_is_one_for_lightningdit(workspace):

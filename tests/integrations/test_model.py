@@ -167,6 +167,47 @@ def test_loading_is_strict(model, tmp_path, fault):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_folders_of_other_kinds_load_as_the_core_loads_them(model, tmp_path, subfolder):
+    """So that an SD-VAE's folder needs one other import line."""
+    core = core_of(model)
+    core.save_pretrained(tmp_path / "own" / subfolder)
+    loaded = type(model).from_pretrained(tmp_path / "own", subfolder=subfolder or None, torch_dtype=torch.bfloat16)
+    assert_same_state(loaded, core.bfloat16())
+    assert (loaded.dtype, loaded.training) == (torch.bfloat16, False)
+
+
+def test_an_autoencoder_kl_folder_loads(tmp_path):
+    core = fill_weights(tiny_pixel_vae())
+    core.export_diffusers(tmp_path)
+    loaded = AutoencoderPixelVAE.from_pretrained(tmp_path)
+    assert_same_state(loaded, core)
+    assert loaded.config.scaling_factor == 0.18215
+    with pytest.raises(CheckpointError, match="device_map and output_loading_info do not apply"):
+        AutoencoderPixelVAE.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_a_folder_of_another_model_is_refused(model, tmp_path):
+    diffusers.UNet2DModel(
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1, norm_num_groups=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"config\.json of 'UNet2DModel'"):
+        type(model).from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="absent"):
+        type(model).from_pretrained(tmp_path / "absent")
+
+
+def test_a_misshapen_tensor_is_named(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    path = tmp_path / f"{WEIGHTS}.safetensors"
+    save_file({**load_file(path), "decoder.conv_in.bias": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be loaded: .*decoder\.conv_in\.bias"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_copies(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert core_of(twin) is not core_of(model)
