@@ -186,6 +186,32 @@ def test_metas_offset_changes_the_features_off_the_native_grid(tmp_path):
         assert torch.equal(with_offset(native), without(native))
 
 
+def test_metas_dinov3_files_are_read_by_name(tmp_path):
+    """They do not say their architecture: timm's name does, and timm converts their names."""
+    name, size = "vit_small_patch16_dinov3_qkvb.lvd1689m", {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = fill_weights(timm.create_model(name, num_classes=0, **size)).eval()
+    state = {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
+    for key, tensor in model.state_dict().items():
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        for ours, metas in (("reg_token", "storage_tokens"), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")):
+            key = key.replace(ours, metas)
+        state[key] = tensor
+    for index, block in enumerate(model.blocks):
+        bias = torch.cat([block.attn.q_bias, torch.zeros(48), block.attn.v_bias]).detach()
+        state |= {f"blocks.{index}.attn.qkv.bias": bias, f"blocks.{index}.attn.qkv.bias_mask": torch.ones(144)}
+    save_file(state, tmp_path / "dinov3_vits16.safetensors")
+    with pytest.raises(CheckpointError, match="and weights named like"):
+        SemanticEncoder.from_pretrained(tmp_path / "dinov3_vits16.safetensors")
+    file = str(tmp_path / "dinov3_vits16.safetensors")
+    encoder = SemanticEncoder.from_timm(name, file=file, model_args=size, final_norm="affine")
+    mean, std = (torch.tensor(getattr(encoder.config, part)).view(3, 1, 1) for part in ("mean", "std"))
+    assert_same_features(
+        encoder,
+        lambda x: model.forward_features(((x + 1) / 2 - mean) / std)[:, 5:].mT.unflatten(2, (x.shape[-2] // 16, -1)),
+    )
+
+
 # timm
 
 TIMM = {
