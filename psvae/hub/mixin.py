@@ -172,10 +172,10 @@ def build_empty(cls: type[HubMixin], config: Config, checkpoint: Checkpoint) -> 
         ConfigError: a module of more layers than there are tensors, or of tensors that no memory can hold.
     """
     for name, value in _layer_counts(config.to_dict()):
-        if value > len(checkpoint.header):  # building them would take for ever
+        if not isinstance(value, int) or value > len(checkpoint.header):  # building them would take for ever
             raise ConfigError(
-                f"the configuration of {checkpoint.source} has {name} {value}; the weights have "
-                f"{len(checkpoint.header)} tensors in all"
+                f"the configuration of {checkpoint.source} has {name} {value!r}; wanted a number of layers, and the "
+                f"weights have {len(checkpoint.header)} tensors in all"
             )
     try:
         with torch.device("meta"):
@@ -186,12 +186,12 @@ def build_empty(cls: type[HubMixin], config: Config, checkpoint: Checkpoint) -> 
         raise ConfigError(f"the configuration of {checkpoint.source} cannot be built: {error}") from error
 
 
-def _layer_counts(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, int]]:
-    """The numbers in a configuration that say how many layers are built, at any depth of nesting."""
+def _layer_counts(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """What a configuration says of how many layers are built, at any depth of nesting."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _layer_counts(value, f"{where}{name}.")
-        elif name in ("depth", "num_res_blocks") and isinstance(value, int):
+        elif name in ("depth", "num_res_blocks"):
             yield where + name, value
 
 

@@ -336,6 +336,8 @@ def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):
     ("change", "said"),
     [
         ({"depth": 10**9}, "depth of 1000000000; the weights have"),
+        ({"checkpoint_path": "/etc/passwd"}, "model_args has 'checkpoint_path', which tells timm what to load"),
+        ({"pretrained_cfg": {"file": "x"}}, "model_args has 'pretrained_cfg', which tells timm what to load"),
         ({"img_size": []}, "timm refused model_args"),
         ({"no_such": 1}, "timm refused model_args.*no_such"),
     ],

@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psvae import PixelVAE, PixelVAEConfig
+from psvae import PSVAE, PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
 from psvae.errors import PSVAEError
+from tests.tiny import tiny_psvae
 
 EXAMPLES = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -154,6 +155,35 @@ def test_weights_of_anything(broken, raw):
     folder, model = broken
     weights_in(folder).write_bytes(raw)
     load_or_refuse(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (("vae", "depth"), 10**9, r"vae\.depth 1000000000; wanted a number of layers, and the weights have"),
+        (
+            ("encoder", "model_args", "depth"),
+            10**9,
+            r"encoder\.model_args\.depth 1000000000; wanted a number of layers",
+        ),
+        (("encoder", "model_args", "depth"), [10**9], r"encoder\.model_args\.depth \[1000000000\]; wanted a number"),
+        (("encoder", "model_args", "embed_dim"), 3 * 2**40, "timm refused model_args"),
+        (("decoder", "num_res_blocks"), 10**9, r"decoder\.num_res_blocks 1000000000; wanted a number of layers"),
+        (("decoder", "latent_channels"), 2**31, "latent_channels is 2147483648; wanted a whole number up to"),
+        (("statistics_grid",), [10**9, 10**9], "cannot be built: .*overflowed"),
+        (("statistics_grid",), [0, 4], r"statistics_grid is \(0, 4\); wanted None or two numbers of at least 1"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path, where, value, said):
+    tiny_psvae().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(PSVAEError, match=said):
+        PSVAE.from_pretrained(tmp_path)
 
 
 def test_the_intact_folder_loads(whole):

@@ -60,7 +60,7 @@ def test_repa_e_scales_by_the_inverse(tmp_path):
         ({"std": VAR}, "wanted exactly one of"),
         ({"mean": MEAN, "std": torch.zeros(3)}, "holds a spread of 0"),
         ({"mean": MEAN, "var": -VAR}, "negative or non-finite"),
-        ({"latents_scale": VAR * 1e-44, "latents_bias": MEAN}, "so small or large that it overflows"),
+        ({"latents_scale": torch.full((3,), 1e-40), "latents_bias": MEAN}, "so small or large that it overflows"),
         ({"mean": MEAN, "var": VAR.long()}, r"statistics of torch\.int64; wanted floating point"),
         ({"mean": MEAN.to(torch.complex64), "std": VAR}, r"statistics of torch\.complex64; wanted floating point"),
         ({"mean": MEAN * float("nan"), "std": VAR}, "wanted one finite shape"),
