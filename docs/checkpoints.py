@@ -65,8 +65,8 @@ KNOWN = {
             ("nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08", "MIT (bytetriper/RAE)"),
             ("nyu-visionx/RAE-mae-base-p16-ViTXL-n08", "MIT (bytetriper/RAE); the encoder CC-BY-NC-4.0"),
         ),
-        "encode and decode equal diffusers' AutoencoderRAE to 1e-4 (DINOv2, MAE), SigLIP 2's encode equals "
-        "transformers'; names of transformers before and after 5.6, 5.9 and 5.18",
+        "encode and decode equal diffusers' AutoencoderRAE to 1e-4 (DINOv2, MAE; grids 8, 14, 16 and 32), SigLIP 2's "
+        "encode equals transformers'; names of transformers before and after 5.6, 5.9 and 5.18",
         "tests/hub/test_rae.py",
     ),
     "RAE's decoder": Facts(
@@ -143,6 +143,12 @@ Pickles (`.bin`, `.pt`, `.pth`, `.ckpt`) are read with `allow_pickle=True` alone
 
 LDM files hold no `scaling_factor`: it is 1 unless you pass one, such as 0.18215 for SD 1 and 2, 0.13025 for SDXL,
 1.5305 (`shift_factor` 0.0609) for SD3, 0.3611 (0.1159) for FLUX.1, 0.2325 for MAR.
+
+diffusers' AutoencoderRAE makes its decoder's position table anew, with coordinates that it rescales to a grid of 16,
+and so does psvae for its folders. RAE's own code does not rescale: a decoder that it trained at another grid (the published
+`-i512` has 32) and that was converted for diffusers keeps the table of its training by
+`vae.decoder.positions.copy_(sincos_positions(vae.config.decoder.width, vae.config.decoder.grid))`
+(`psvae.nn.positions`), under `torch.no_grad()`. RAE's own files bring their table.
 
 Meta's own files of MAE and DINOv3 have timm's architecture but name neither it nor its colours: read them by
 `SemanticEncoder.from_timm(name, file=...)`.

@@ -118,7 +118,7 @@ def _resize_packed(model: Any, channels: int, patch: int) -> None:
     _tell(model, {"in_channels": width, "out_channels": width})
 
 
-def _reads_more(model: Any, takes: float, gives: float) -> ConfigError:
+def _reads_more(model: Any, takes: int | float, gives: int | float) -> ConfigError:
     return ConfigError(
         f"{type(model).__name__} takes {takes:g} channels and gives {gives:g}: it reads more than the latent (a mask, "
         "an image); wanted a model that gives as many channels as it takes, or a multiple"

@@ -23,13 +23,13 @@ from tests.encoders import foreign  # noqa: E402  (imports transformers)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def autoencoder_rae(kind, **fields):
-    """Tiny, at grid 16: the only one at which diffusers' position table is RAE's."""
+def autoencoder_rae(kind, grid=16, **fields):
+    """Tiny; the decoder's grid as the encoder's."""
     patch = {"dinov2": 14, "mae": 16}[kind]
     model = diffusers.AutoencoderRAE(
         encoder_type=kind, encoder_hidden_size=64, encoder_patch_size=patch, encoder_num_hidden_layers=2,
         decoder_hidden_size=48, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
-        decoder_intermediate_size=64, patch_size=16, encoder_input_size=16 * patch, image_size=256, **fields,
+        decoder_intermediate_size=64, patch_size=16, encoder_input_size=grid * patch, image_size=grid * 16, **fields,
     )  # fmt: skip
     return fill_weights(model).eval()
 
@@ -39,7 +39,7 @@ STATISTICS = {"latents_mean": torch.randn(64, 16, 16).tolist(), "latents_std": (
 
 @torch.no_grad()
 def assert_equals_diffusers(model, reference):
-    x = images(2, 256, 256)
+    x = images(2, reference.config.image_size, reference.config.image_size)
     wanted = reference.encode((x + 1) / 2).latent  # diffusers reads [0, 1]
     got = model.encode(x).latent_dist.mode()
     assert wanted.std() > 0.1
@@ -56,6 +56,18 @@ def test_autoencoder_rae(tmp_path, kind, fields):
     model = PSVAE.from_pretrained(tmp_path)
     assert model.config.latent_noise == 0.8
     assert model.config.statistics_grid == ((16, 16) if fields else None)
+    assert_equals_diffusers(model, reference)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("grid", [8, 14, 32])
+def test_any_grid_has_diffusers_positions(tmp_path, grid):
+    """diffusers rescales the coordinates of its table to a grid of 16; RAE's own files hold integers' table."""
+    reference = autoencoder_rae("dinov2", grid)
+    reference.save_pretrained(tmp_path)
+    model = PSVAE.from_pretrained(tmp_path)
+    assert_close([model.decoder.positions], [reference.decoder.decoder_pos_embed])
     assert_equals_diffusers(model, reference)
 
 

@@ -51,6 +51,7 @@ ENCODERS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
 }
 LARGEST_SIDE = 512  # of a grid, in tokens; RAE's largest is 32
 DIFFUSERS_EPS = 1e-5  # diffusers: (z − mean) / (std + ε)
+DIFFUSERS_SPAN = 16.0  # diffusers makes the decoder's table anew, its coordinates rescaled to those of 16 tokens
 HEADS = {768: 12, 1024: 16, 1152: 16}  # of RAE's ViT-B, L and XL; the tensors do not say
 
 
@@ -85,18 +86,20 @@ def decoder_fields(header: Header, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def decoder_rules(keys: Sequence[str], config: Json, header: Header, prefix: str = "") -> dict[str, Rule]:
-    """`ViTPixelDecoder`'s keys → rules. Where the file has no position table, RAE's own is made."""
+def decoder_rules(
+    keys: Sequence[str], config: Json, header: Header, prefix: str = "", span: float | None = None
+) -> dict[str, Rule]:
+    """`ViTPixelDecoder`'s keys → rules. Where the file has no position table, one is made: RAE's own, or over ``span``
+    as `sincos_positions` says.
+    """
     attention = DIFFUSERS if f"{prefix}decoder_layers.0.attention.to_q.weight" in header else ORIGINAL
-    return {key: _rule(key, config, header, BLOCK | attention, prefix) for key in keys}
+    positions = Rule((f"{prefix}decoder_pos_embed",))
+    if header and positions.theirs[0] not in header:  # no header: the file is to be written
+        positions = Rule((), load=lambda: sincos_positions(config["width"], tuple(config["grid"]), span))
+    return {key: positions if key == "positions" else _rule(key, BLOCK | attention, prefix) for key in keys}
 
 
-def _rule(key: str, config: Json, header: Header, names: Mapping[str, tuple[str, ...]], prefix: str) -> Rule:
-    if key == "positions":
-        table = f"{prefix}decoder_pos_embed"
-        if table in header or not header:  # no header: the file is to be written
-            return Rule((table,))
-        return Rule((), load=lambda: sincos_positions(config["width"], tuple(config["grid"])))
+def _rule(key: str, names: Mapping[str, tuple[str, ...]], prefix: str) -> Rule:
     if key in TOP:
         return Rule((prefix + TOP[key],))
     _, index, part = key.split(".", 2)
@@ -194,7 +197,7 @@ def _rae_rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, R
     inside = {n: s for n, s in header.items() if n.startswith("encoder.")}
     parts = {root: [k.removeprefix(root) for k in keys if k.startswith(root)] for root in ("encoder.", "decoder.")}
     encoder = ENCODERS[kind][0].key_map(parts["encoder."], config["encoder"], inside)
-    decoder = decoder_rules(parts["decoder."], config["decoder"], header, "decoder.")
+    decoder = decoder_rules(parts["decoder."], config["decoder"], header, "decoder.", DIFFUSERS_SPAN)
     grid = tuple(config["statistics_grid"] or (1, 1))
     channels = config["decoder"]["latent_channels"]
 
