@@ -145,8 +145,8 @@ LDM files hold no `scaling_factor`: it is 1 unless you pass one, such as 0.18215
 1.5305 (`shift_factor` 0.0609) for SD3, 0.3611 (0.1159) for FLUX.1, 0.2325 for MAR.
 
 diffusers' AutoencoderRAE makes its decoder's position table anew, with coordinates that it rescales to a grid of 16,
-and so does psvae for its folders. RAE's own code does not rescale: a decoder that it trained at another grid (the published
-`-i512` has 32) and that was converted for diffusers keeps the table of its training by
+and so does psvae for its folders. RAE's own code does not rescale: a decoder that it trained at another grid (the
+published `-i512` has 32) and that was converted for diffusers keeps the table of its training by
 `vae.decoder.positions.copy_(sincos_positions(vae.config.decoder.width, vae.config.decoder.grid))`
 (`psvae.nn.positions`), under `torch.no_grad()`. RAE's own files bring their table.
 
