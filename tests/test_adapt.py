@@ -8,7 +8,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
 from psvae.adapt import latent_shape, resize_latent_io
-from psvae.errors import ConfigError, ShapeError
+from psvae.errors import ConfigError, DtypeError, ShapeError
 from tests.base import assert_close, assert_equal
 from tests.tiny import tiny_pixel_vae, tiny_psvae
 
@@ -154,6 +154,14 @@ def test_models_that_read_more_than_the_latent_are_refused():
         assert_equal(model.state_dict().values(), before)
 
 
+@pytest.mark.parametrize("name", [*MODELS, "flux"])
+def test_the_patch_size_stays_unless_given(name):
+    model = resize_latent_io({**MODELS, "flux": flux}[name](), 96)
+    y = call(model.eval(), torch.randn(2, 96, 8, 8))
+    times = 2 if name in ("plain", "dit") else 1
+    assert y.shape == ((2, 16, 384) if name == "flux" else (2, times * 96, 8, 8))
+
+
 @pytest.mark.parametrize("patch", [1, 3])
 def test_odd_patches(patch):
     model = resize_latent_io(PlainDiT(input_size=9, patch_size=3), 7, patch)
@@ -168,8 +176,22 @@ def test_dtype_stays():
 def test_unknown_models_and_numbers():
     with pytest.raises(ConfigError, match="Linear has no layers that psvae knows; wanted an x_embedder"):
         resize_latent_io(nn.Linear(2, 2), 96, 1)
-    with pytest.raises(ConfigError, match="patch_size 0 came; wanted both at least 1"):
+    with pytest.raises(ConfigError, match="patch_size came as 0; wanted an int of at least 1, or None"):
         resize_latent_io(PlainDiT(), 96, 0)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("channels", "patch", "said"), [
+    ("96", 1, "channels came as '96'; wanted an int of at least 1, such as vae.config.latent_channels"),
+    ((96, 16, 16), None, r"channels came as \(96, 16, 16\)"),
+    (96, 1.0, "patch_size came as 1.0; wanted an int of at least 1, or None to keep the model's own"),
+])  # fmt: skip
+def test_numbers_of_another_type(channels, patch, said):
+    model = PlainDiT()
+    before = model.x_embedder.proj
+    with pytest.raises(ConfigError, match=said):
+        resize_latent_io(model, channels, patch)
+    assert model.x_embedder.proj is before
 
 
 def test_latent_shape():
@@ -181,6 +203,21 @@ def test_latent_shape():
     assert latent_shape(SimpleNamespace(config=dc_config()), 64) == (32, 2, 2)
     with pytest.raises(ShapeError, match="an image side is 36; wanted a multiple of the stride 8, nearest 32"):
         latent_shape(tiny_psvae(), (32, 36))
+    assert latent_shape(tiny_psvae(), torch.zeros(2, 3, 32, 48).shape[-2:]) == (8, 4, 6)
+    with pytest.raises(ShapeError, match=r"came as \(2, 3, 32, 48\); wanted one side .* pass images.shape\[-2:\]"):
+        latent_shape(tiny_psvae(), torch.zeros(2, 3, 32, 48).shape)
+    with pytest.raises(ConfigError, match="the configuration of Linear has no latent_channels"):
+        latent_shape(nn.Linear(1, 1), 64)
     with pytest.raises(ConfigError, match="has no latent_channels"):
         latent_shape(diffusers.UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
                                            up_block_types=("UpBlock2D",) * 2, layers_per_block=1), 64)  # fmt: skip
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("size", "said"), [
+    (256.0, "came as 256.0; wanted pixels as one int"), ("256", "came as '256'"), ((256, 1.5), r"came as \(256, 1.5\)"),
+    (torch.zeros(1, 3, 8, 8), "came as a tensor; wanted pixels as one int or"), (None, "came as None"),
+])  # fmt: skip
+def test_latent_shape_of_no_size(size, said):
+    with pytest.raises(DtypeError, match=said):
+        latent_shape(tiny_psvae(), size)
