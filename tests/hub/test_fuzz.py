@@ -23,7 +23,9 @@ EXAMPLES = settings(
 
 def vae():
     halves = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": 0}
-    return PixelVAE(PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves)))
+    return PixelVAE(
+        PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves), scaling_factor=1.0)
+    )
 
 
 WRITERS = {

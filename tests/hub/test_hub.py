@@ -109,7 +109,9 @@ def test_files_in_folders_of_one_repository_come_from_one_commit(cache: Path) ->
 def test_a_cached_repository_without_a_config(tmp_path: Path) -> None:
     """LDM's repositories have weights alone; huggingface_hub remembers what it did not find."""
     tiny = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": 0}
-    vae = PixelVAE(PixelVAEConfig(PixelEncoderConfig(4, **tiny), PixelDecoderConfig(4, **tiny))).eval()
+    vae = PixelVAE(
+        PixelVAEConfig(PixelEncoderConfig(4, **tiny), PixelDecoderConfig(4, **tiny), scaling_factor=1.0)
+    ).eval()
     vae.export_ldm(tmp_path / "ldm")
     (tmp_path / "ldm" / "config.json").unlink()
     cache = tmp_path / "cache"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from psvae import PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
-from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.errors import CheckpointError, CheckpointWarning, ConfigError, PSVAEError
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.keymaps.ldm import LDM
 from tests.base import assert_close, assert_equal, assert_same_state
@@ -178,11 +179,14 @@ def test_own_format_comes_first(folder, tmp_path_factory):
 def small_vae():
     """32 groups: LDM files do not say how many."""
     halves = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "attention_levels": 0}
-    return PixelVAE(PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves)))
+    config = PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves), scaling_factor=1.0)
+    return PixelVAE(config)
 
 
 def ldm_state(vae, tmp_path):
-    vae.export_ldm(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)
+        vae.export_ldm(tmp_path)
     return load_file(tmp_path / "model.safetensors")
 
 
@@ -427,7 +431,59 @@ def test_what_autoencoder_kl_cannot_hold_is_refused(tmp_path):
     vae.latent_spec.mean.fill_(1.0)
     with pytest.raises(CheckpointError, match="cannot hold statistics per element"):
         vae.export_diffusers(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot hold latent statistics"):
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize(("field", "value"), [("norm_groups", 16), ("norm_eps", 1e-5)])
+def test_norms_that_ldms_code_has_not_are_refused(tmp_path, half, field, value):
+    config = small_vae().config
+    vae = PixelVAE(config.replace(**{half: getattr(config, half).replace(**{field: value})}))
+    with pytest.raises(ConfigError, match=rf"{half}\.{field} is {value}; LDM's code has .* use save_pretrained or"):
+        vae.export_ldm(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_per_element_are_refused_in_an_ldm_folder(tmp_path):
+    vae = PixelVAE(small_vae().config.replace(statistics_grid=(4, 4)))
+    vae.latent_spec.mean.fill_(1.0)
+    with pytest.raises(CheckpointError, match="LDM's layout cannot hold statistics per element"):
+        vae.export_ldm(tmp_path)
+
+
+LOST = {
+    "scaling": {"scaling_factor": 0.18215},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "statistics": {"latents_mean": (0.1, 0.2, 0.3, 0.4), "latents_std": (1.0, 2.0, 3.0, 4.0)},
+    "nothing": {"shift_factor": 0.0},
+}
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+def test_an_ldm_folder_warns_of_what_it_cannot_carry(tmp_path, lost):
+    """By exactly the constants that, passed when loading, give the same model again."""
+    small_vae().export_diffusers(tmp_path / "kl")
+    vae = PixelVAE.from_pretrained(tmp_path / "kl", **lost)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vae.export_ldm(tmp_path / "ldm")
+    if "scaling_factor" not in lost and "latents_mean" not in lost:
+        assert not caught
+        return
+    [warning] = caught
+    assert warning.category is CheckpointWarning
+    assert warning.filename == __file__
+    said = str(warning.message)
+    assert f"has no place for {', '.join(lost)}: {tmp_path / 'ldm'} holds the weights alone" in said
+    call = re.search(r"PixelVAE\.from_pretrained\(.*\)(?=, and)", said)[0]
+    again = eval(call)
+    assert again.config == vae.config
+    assert_same_state(again, vae)
+
+
+def test_fitted_statistics_are_among_what_an_ldm_folder_cannot_carry(tmp_path):
+    vae = small_vae()
+    vae.latent_spec.std.fill_(2.0)
+    with pytest.warns(CheckpointWarning, match=r"latents_mean=\(0\.0, .*latents_std=\(2\.0, 2\.0, 2\.0, 2\.0\)"):
         vae.export_ldm(tmp_path)
 
 
