@@ -22,7 +22,7 @@ from psvae.hub.keymaps.ldm import LDM
 from psvae.hub.keymaps.own import AUTOENCODER_PIXEL_VAE
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian, LatentSpec
-from psvae.shapes import Images, Latents, check_map
+from psvae.shapes import Images, Latents, check_dtype, check_map
 
 __all__ = ["PixelVAE", "PixelVAEConfig"]
 
@@ -179,7 +179,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
             return_dict: `PixelVAEOutput`, or the 1-tuple ``(sample,)``.
 
         Raises:
-            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images, or halves for float32 weights.
         """
         parameters = self._moments(sample)
         posterior = DiagonalGaussian(parameters)
@@ -191,7 +191,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         """Images ``B C H W`` in [-1, 1] → ``.latent_dist`` over raw latents ``B Z h w``.
 
         Raises:
-            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images, or halves for float32 weights.
         """
         check_map(images, self.config.in_channels, "images")  # the rest is for the encoder to check, once
         slices = images.split(1) if self.use_slicing else [images]
@@ -207,9 +207,10 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
             generator: accepted because SD-style callers pass it; decoding is deterministic.
 
         Raises:
-            ShapeError: wrong rank or channel count. DtypeError: integer latents.
+            ShapeError: wrong rank or channel count. DtypeError: integer latents, or halves for float32 weights.
         """
         check_map(latents, self.config.latent_channels, "latents")
+        check_dtype(latents, self.post_quant_conv, "latents")  # without one, the decoder checks
         slices = latents.split(1) if self.use_slicing else [latents]
         image = torch.cat([self._decode_tiles(self.decoder, self.post_quant_conv(part)) for part in slices])
         return DecoderOutput(image) if return_dict else (image,)
