@@ -243,7 +243,10 @@ def test_a_branch_that_moves_while_it_is_read(over_http: tuple[dict[str, Any], H
         ("gated", "'org/gated' is gated: accept its terms on its page and run `hf auth login`"),
         ("no revision", "there is no revision 'v9' of 'org/one'; check the branch, tag or commit"),
         ("no config", "org/empty has no config.json; look at the files of 'org/empty'"),
-        ("no weights", "org/half has no model.safetensors (nor model.safetensors.index.json with shards); look at"),
+        (
+            "no weights",
+            "org/half has no model.safetensors (nor model.safetensors.index.json with shards); files such as model.fp",
+        ),
         ("pickle", "pytorch_model.bin is a pickle, which can run code when read; wanted safetensors."),
     ],
 )

@@ -130,7 +130,9 @@ def test_shards_and_variants(saved, tmp_path):
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "fp16", variant="fp16"), model)
     model.save_pretrained(tmp_path / "both", variant="fp16", max_shard_size="100KB")
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "both", variant="fp16"), model)
-    with pytest.raises(CheckpointError, match="has no weights of variant 'bf16'; the folder holds"):
+    with pytest.raises(
+        CheckpointError, match="has no weights of variant 'bf16'; pass variant='fp16': the folder holds"
+    ):
         PixelVAE.from_pretrained(tmp_path / "fp16", variant="bf16")
     with pytest.raises(CheckpointError, match=r"has no model.safetensors .*the folder holds config.json, diffusion"):
         PixelVAE.from_pretrained(tmp_path / "fp16")
