@@ -37,7 +37,10 @@ def timm_export(encoder: Any) -> tuple[Config, dict[str, Tensor]]:
     model_args, eps = fitting_arguments(name, model_args, {key.removeprefix("vit."): t for key, t in state.items()})
     _warn_of_positions("timm", config, vit, TIMM_POSITIONS)
     if eps != vit.blocks[0].norm1.eps:
-        _log.warning("timm's %s has norms of eps %g, this encoder of %g", name, eps, vit.blocks[0].norm1.eps)
+        _log.warning(
+            "timm's %s adds %g to the variance inside its norms, this encoder %g (norm_eps): features of the exported "
+            "model will differ a little", name, eps, vit.blocks[0].norm1.eps,
+        )  # fmt: skip
     return config.replace(name=name, model_args=model_args), state
 
 
@@ -83,10 +86,18 @@ def _with_affine_norm(encoder: Any) -> dict[str, Tensor]:
 def _warn_of_positions(library: str, config: Any, vit: Any, theirs: tuple[str, bool, float]) -> None:
     ours = (config.position_mode, config.position_antialias, config.position_offset)
     if vit.pos_embed is not None and ours != theirs:
+        height, width = vit.patch_embed.img_size
         _log.warning(
-            "%s resizes this position table with mode, antialias, offset %s, this encoder with %s: features are equal "
-            "at the table's own grid %s alone", library, theirs, ours, tuple(vit.patch_embed.grid_size),
+            "%s stretches the position embeddings to other image sizes in another way (%s) than this encoder (%s): for "
+            "inputs of %d x %d pixels its features equal this encoder's, for other sizes they differ a little",
+            library, _in_words(theirs), _in_words(ours), height, width,
         )  # fmt: skip
+
+
+def _in_words(positions: tuple[str, bool, float]) -> str:
+    mode, antialias, offset = positions
+    shifted = f", grid enlarged by {offset:g}" if offset else ""
+    return f"{mode}, {'with' if antialias else 'without'} antialiasing{shifted}"
 
 
 def _family(encoder: Any) -> str | None:

@@ -72,6 +72,10 @@ class HubMixin:
                 mis-shaped keys, all listed.
             ConfigError: ``config.json`` has an unknown or invalid field.
         """
+        if "torch_dtype" in fields:
+            raise ConfigError(
+                "torch_dtype came; the argument is called dtype here, as in transformers since 4.56: use dtype="
+            )
         source = Source(
             repo_or_folder, subfolder, revision=revision, local_files_only=local_files_only, token=token,
             cache_dir=cache_dir,

@@ -5,8 +5,9 @@ import functools
 import json
 import logging
 import pickle
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ PROCESSOR = "preprocessor_config"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+VARIANT = re.compile(
+    rf"(?:pytorch_model|{'|'.join(STEMS)})(?:-\d+-of-\d+)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+OTHER_KINDS = {  # endings of what lies beside weights
+    **dict.fromkeys((".json", ".yaml", ".yml", ".toml"), "a configuration"),
+    **dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "a picture"),
+    **dict.fromkeys((".csv", ".log", ".md", ".py", ".txt"), "text"),
+    **dict.fromkeys((".gz", ".tar", ".tgz", ".zip"), "an archive, to be unpacked first"),
+    **dict.fromkeys((".h5", ".msgpack", ".npy", ".npz", ".onnx", ".gguf"), "in another framework's format"),
+}
 WRAPPERS = ("state_dict", "model", "module")  # under which training scripts put the weights
 AVERAGED = ("ema", "model_ema", "ema_state_dict")  # where some put their moving average too
 PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
@@ -49,6 +60,8 @@ class Checkpoint:
 
     def __init__(self, source: Source, *, file: str | None, variant: str | None, allow_pickle: bool) -> None:
         self.source, self.file, self.variant, self.allow_pickle = source, file or source.file, variant, allow_pickle
+        if self.file is not None:
+            _refuse_other_kinds(PurePath(self.file), source)
         self.config = _read_json(source, CONFIG)
         if self.config is not None and "model_type" in self.config:  # transformers': the colours are in another file
             self.config[PROCESSOR] = _read_json(source, f"{PROCESSOR}.json")
@@ -226,11 +239,28 @@ def _find_pickle(source: Source, variant: str | None) -> Path:
         raise CheckpointError(
             f"{source} holds a pipeline, which is many models; pass subfolder='vae' or another of them"
         )
-    if path is None and variant:
-        raise CheckpointError(f"{source} has no weights of variant {variant!r}; {source.listing()}")
     if path is None:
-        raise CheckpointError(f"{source} has no {WEIGHTS} (nor {INDEX} with shards); {source.listing()}")
+        what = f"weights of variant {variant!r}" if variant else f"{WEIGHTS} (nor {INDEX} with shards)"
+        raise CheckpointError(f"{source} has no {what}; {_other_variants(source)}{source.listing()}")
     return path
+
+
+def _other_variants(source: Source) -> str:
+    """How to ask for the weights that are there under another name, if any."""
+    if source.folder is None:
+        return "files such as model.fp16.safetensors are read with variant='fp16'; "
+    names = [path.name for path in (source.folder / source.subfolder).glob("*")]
+    found = sorted({match[1] for match in map(VARIANT.fullmatch, names) if match})
+    return f"pass {' or '.join(f'variant={name!r}' for name in found)}: " if found else ""
+
+
+def _refuse_other_kinds(path: PurePath, shown: Any) -> None:
+    kind = OTHER_KINDS.get(path.suffix.lower())
+    if kind is not None:
+        hint = ": pass its folder" if path.suffix == ".json" else ""
+        raise CheckpointError(
+            f"{shown} is {kind}, no weights{hint}; wanted a folder, a .safetensors file, or a {', '.join(PICKLES)}"
+        )
 
 
 def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
@@ -261,6 +291,12 @@ def read_pickle(path: Path, allowed: bool) -> Any:
     Raises:
         CheckpointError: not allowed, damaged, or holding code.
     """
+    _refuse_other_kinds(path, path)
+    if path.suffix.lower() not in PICKLES:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] != b"\x80" and start != b"PK":  # a pickle's own mark, or a zip's, in which torch puts it
+            raise CheckpointError(f"{path} is no weights file; wanted a .safetensors file, or a {', '.join(PICKLES)}")
     if not allowed:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when read; wanted safetensors. If you trust its author, pass "
