@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,7 +53,7 @@ def start(root, name, *more, launcher=()):
 
 def finish(process, expect=0):
     text, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, text
+    assert process.returncode == expect if expect is not None else process.returncode > 0, text
     return text
 
 
@@ -106,7 +107,7 @@ def test_two_processes_write_the_same_files(workspace):
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29731")  # fmt: skip
     killed = workspace / "two"  # by its first process alone: the two share what is left
     killed.mkdir()
-    for name in ("manifest.json", "latents_000000.safetensors", "latents_000002.safetensors"):
+    for name in ("manifest.json", "names.json", "latents_000000.safetensors", "latents_000002.safetensors"):
         shutil.copy(workspace / "whole" / name, killed)
     text = finish(start(workspace, "two", launcher=launcher))
     assert "10 images in 4 shards, 2 of them written now" in text
@@ -191,23 +192,96 @@ def test_a_point_has_moments_that_draw_itself(workspace, tmp_path):
         assert_close([drawn], [shard["latents"]])
 
 
-@pytest.mark.parametrize("field", ["names", "vae", "data", "size", "seed", "moments"])
+@pytest.mark.parametrize("field", ["vae", "data", "size", "seed", "moments"])
 def test_another_run_is_refused(workspace, monkeypatch, field):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from cache_latents import claim
 
     manifest = json.loads((workspace / "whole/manifest.json").read_text())
-    claim(workspace / "whole", manifest)  # the same again is welcome
+    claim(workspace / "whole", manifest, None)  # the same again is welcome
     with pytest.raises(SystemExit, match=rf"holds latents of another run \({field}: .* before, 'other' now\)"):
-        claim(workspace / "whole", {**manifest, field: "other"})
+        claim(workspace / "whole", {**manifest, field: "other"}, None)
 
 
-def test_an_unreadable_image_is_named(workspace, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/broken.png").write_bytes(b"no image")
+@pytest.fixture
+def own_copy(workspace, tmp_path):
+    """The same images and VAE, to break, and a broken image in the second of four shards."""
+    shutil.copytree(workspace / "images", tmp_path / "images")
     (tmp_path / "vae").symlink_to(workspace / "vae")
-    assert "broken.png cannot be read" in finish(start(tmp_path, "out"), expect=1)
-    assert not shards(tmp_path / "out")
+    whole = (tmp_path / "images/cat/4.png").read_bytes()
+    (tmp_path / "images/cat/4.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_is_named_and_costs_its_shard_alone(workspace, own_copy, workers):
+    text = finish(start(own_copy, "out", "--workers", workers), expect=1)
+    assert re.search(r"1 images are unreadable: .*images/cat/4\.png cannot be read \(.*\)\. All other shards", text)
+    assert "mend or remove them, and run the same command again" in text
+    assert "Traceback" not in text
+    assert [path.name[8:14] for path in shards(own_copy / "out")] == ["000000", "000002", "000003"]
+    shutil.copy(workspace / "images/cat/4.png", own_copy / "images/cat/4.png")
+    assert "10 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+    for one, other in zip(shards(workspace / "whole"), shards(own_copy / "out"), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_image_that_is_removed_is_left_out_of_its_shard(workspace, own_copy, monkeypatch):
+    """The others keep their places, so what was finished stays; the list may not change in another way."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import CachedLatents
+
+    finish(start(own_copy, "out"), expect=1)
+    finished = {path.name: path.stat().st_mtime_ns for path in shards(own_copy / "out")}
+    (own_copy / "images/cat/4.png").unlink()
+    assert "9 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+    assert all((own_copy / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    whole, cut = CachedLatents(workspace / "whole"), CachedLatents(own_copy / "out")
+    kept = [place for place in range(COUNT) if place != 4]
+    assert len(cut) == 9
+    assert_close([latents for latents, _ in cut], [whole[place][0] for place in kept])
+    assert [label for _, label in cut] == [whole[place][1] for place in kept]
+
+    shutil.copy(workspace / "images/cat/4.png", own_copy / "images/cat/4.png")
+    text = " ".join(finish(start(own_copy, "out"), expect=1).split())
+    assert "images were removed or came back after their shards were written: cat/4.png. Undo that, or delete" in text
+    assert "delete latents_000001.safetensors in" in text
+    (own_copy / "out/latents_000001.safetensors").unlink()
+    assert "10 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+
+    (own_copy / "images/cat/new.png").write_bytes((own_copy / "images/cat/4.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in (own_copy / "out").iterdir()}
+    text = finish(start(own_copy, "out"), expect=1)
+    assert "holds 1 images that it did not when" in text
+    assert "cat/new.png. What is finished is untouched: take them out" in text
+    assert before == {path.name: path.read_bytes() for path in (own_copy / "out").iterdir()}
+
+
+def test_a_class_that_is_removed_does_not_renumber_the_others(workspace, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Images, Options, resume
+
+    shutil.copytree(workspace / "images/dog", tmp_path / "images/dog")
+    images = Images(Options("vae", str(tmp_path / "images"), tmp_path))
+    assert images.labels == [0] * 4
+    resume(workspace / "whole", images)
+    assert images.labels == [0] * 6 + [1] * 4
+    assert images.left_out == set(range(6))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--dtype", "int8"), ("float32", "float16", "bfloat16")),
+        (("--size", "30"), ("--size 30 does not fit", "images are 30 x 30; wanted multiples of the stride 8")),
+        (("--shard-size", "0"), ("--shard-size is 0; wanted at least 1",)),
+        (("--data", "{root}/vae"), ("holds no images",)),
+    ],
+)
+def test_a_run_that_cannot_begin_writes_nothing(workspace, more, said):
+    text = finish(start(workspace, "none", *(word.format(root=workspace) for word in more)), expect=None)
+    assert all(words in text for words in said), text
+    assert not (workspace / "none").exists()
 
 
 def test_the_reader(workspace, monkeypatch):
