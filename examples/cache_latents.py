@@ -3,23 +3,30 @@
     python examples/cache_latents.py --vae outputs/psvae/stage2 --data /data/imagenet/train --output latents/
     accelerate launch --num_processes 8 examples/cache_latents.py ...      # the same files, eight times as fast
 
+An image that cannot be read is named at the end, and its shard is not written. Mend the file, or remove it, and run the
+same command again: what is finished stays, and a removed image is left out of its shard.
+
 A shard holds ``latents`` and ``latents_flip`` (of the mirrored image), N Z h w, and ``labels``, N; with --moments also
 ``mean`` and ``logvar`` of the posterior. Which image is in which shard follows from its place in the data alone, and a
 shard appears whole or not at all: a run that was killed goes on where it stopped, by the same command. Read them with
-`CachedLatents`.
+`CachedLatents`, or with LightningDiT's own reader. One run writes into a folder at a time.
 """
 
 import hashlib
 import io
 import json
 import os
+import sys
+from bisect import bisect
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -29,9 +36,14 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from psvae import PSVAE, PixelVAE
+from psvae.errors import PSVAEError
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-MANIFEST, STATISTICS = "manifest.json", "latents_stats.safetensors"
+MANIFEST, NAMES, STATISTICS = (
+    "manifest.json",
+    "names.json",
+    "latents_stats.pt",
+)  # LightningDiT takes every .safetensors for a shard
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,10 @@ class Options:
     """Folder for the shards. One VAE and one data set per folder."""
     split: str | None = None
     """Split of a Hugging Face dataset; without it, `data` is a folder of images."""
+    image_column: str = "image"
+    """Of a Hugging Face dataset."""
+    label_column: str | None = "label"
+    """Of a Hugging Face dataset: classes by number or by name. None: every label is 0."""
     size: int = 256
     """Images are resized on their short side and centre-cropped to this."""
     batch_size: int = 32
@@ -55,49 +71,86 @@ class Options:
     """Also store mean and log-variance, so that a training run can draw its own latents."""
     seed: int = 0
     """Of the draw from the posterior; each image has its own."""
-    dtype: str = "float32"
-    """Of the stored tensors: float32, float16 or bfloat16."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of the stored tensors."""
     workers: int = 4
     """Loader processes on each process."""
     allow_pickle: bool = False
 
 
 class Images(Dataset):
-    """(image 3 H W in [-1, 1], label) by place. An unreadable file stops the run and is named."""
+    """(place, image 3 H W in [-1, 1], label) by place; why it cannot be read instead of the image, where that is so.
+
+    Attributes:
+        names: of the images, in order: a place is one's index here. `resume` makes it the list of the first run.
+        left_out: places of images that were removed since.
+    """
 
     def __init__(self, options: Options) -> None:
         short = v2.Resize(options.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
         self.transform = v2.Compose([short, v2.CenterCrop(options.size), *scale])
         self.table: Any = None
+        self.left_out: set[int] = set()
+        self.root = Path(options.data)
         if options.split is not None:
-            from datasets import Image as ImageColumn
-            from datasets import load_dataset
-
-            self.table = load_dataset(options.data, split=options.split).cast_column("image", ImageColumn(decode=False))
+            self.table = open_table(options)
+            self.follow([str(place) for place in range(len(self.table))])
             return
-        root = Path(options.data)
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
-        if not self.files:
-            raise SystemExit(f"{root} holds no images ({', '.join(sorted(ENDINGS))})")
-        classes = sorted({path.relative_to(root).parts[0] for path in self.files if path.parent != root})
-        self.labels = [classes.index(p.relative_to(root).parts[0]) if p.parent != root else 0 for p in self.files]
+        files = (path for path in self.root.rglob("*") if path.suffix.lower() in ENDINGS)
+        self.follow(sorted(path.relative_to(self.root).as_posix() for path in files))
+        if not self.names:
+            endings = ", ".join(sorted(ENDINGS))
+            raise SystemExit(f"{self.root} holds no images ({endings}); for a Hugging Face dataset name its --split")
+
+    def follow(self, names: list[str]) -> None:
+        """Take places and classes from this list."""
+        self.names = names
+        folders = [name.partition("/")[0] if "/" in name else None for name in names]
+        classes = {folder: number for number, folder in enumerate(sorted({f for f in folders if f is not None}))}
+        self.labels = [classes.get(folder, 0) for folder in folders]
 
     def __len__(self) -> int:
-        return len(self.files) if self.table is None else len(self.table)
+        return len(self.names)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str, int]:
         if self.table is None:
-            source, name, label = self.files[place], self.files[place], self.labels[place]
+            source, name, label = self.root / self.names[place], self.root / self.names[place], self.labels[place]
         else:
             row = self.table[place]
             raw = row["image"]["bytes"]
             source, name = (io.BytesIO(raw) if raw else row["image"]["path"]), f"row {place}"
-            label = row.get("label", row.get("labels", 0))
+            label = row.get("label", 0)
         try:
-            return self.transform(Image.open(source).convert("RGB")), label
-        except (OSError, UnidentifiedImageError) as error:
-            raise RuntimeError(f"{name} cannot be read ({error}); mend it or take it out of the data") from error
+            return place, self.transform(Image.open(source).convert("RGB")), label
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return place, f"{name} cannot be read ({error})", label
+
+
+def collate(items: list[tuple[int, Tensor | str, int]]) -> tuple[list[int], Tensor | None, Tensor, list[str]]:
+    """(places, images, labels, faults); no images where one of them has a fault."""
+    places, images, labels = zip(*items, strict=True)
+    faults = [image for image in images if isinstance(image, str)]
+    return list(places), None if faults else torch.stack(images), torch.tensor(labels), faults  # type: ignore[arg-type]
+
+
+def open_table(options: Options) -> Any:
+    """The Hugging Face dataset with columns ``image``, undecoded, and ``label``, by number."""
+    from datasets import Image as ImageColumn
+    from datasets import load_dataset
+
+    table = load_dataset(options.data, split=options.split)
+    wanted = {options.image_column: "image"} | ({options.label_column: "label"} if options.label_column else {})
+    absent = [column for column in wanted if column not in table.column_names]
+    if absent or not len(table):
+        raise SystemExit(
+            f"{options.data} has {len(table)} rows of columns {', '.join(table.column_names)}; wanted rows with "
+            f"{' and '.join(wanted)}: see --image-column and --label-column (None where there are no classes)"
+        )
+    table = table.select_columns(list(wanted)).rename_columns(wanted).cast_column("image", ImageColumn(decode=False))
+    if options.label_column and table.features["label"].dtype == "string":
+        table = table.class_encode_column("label")  # numbered in the order of the alphabet
+    return table
 
 
 class CachedLatents(Dataset):
@@ -106,37 +159,45 @@ class CachedLatents(Dataset):
     Args:
         flip: give the mirrored image's latents half of the time (LightningDiT's augmentation).
         normalise: (z − mean) / std with the folder's statistics.
+        draw: draw from the posterior anew each time; takes a folder written with --moments, and no ``flip``.
     """
 
-    def __init__(self, folder: str | Path, flip: bool = False, normalise: bool = False) -> None:
-        self.folder, self.flip = Path(folder), flip
+    def __init__(self, folder: str | Path, flip: bool = False, normalise: bool = False, draw: bool = False) -> None:
+        self.folder, self.flip, self.draw = Path(folder), flip, draw
         self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        lost = [name for name in self._names() if not (self.folder / name).exists()]
+        if draw and (flip or not self.manifest["moments"]):
+            raise ValueError(f"draw takes the moments of the straight images: no flip, and --moments for {folder}")
+        counts = [len(places) for places in shard_places(self.manifest)]
+        self._ends = list(accumulate(counts))
+        names = [shard_name(shard) for shard, count in enumerate(counts) if count]
+        lost = [name for name in names if not (self.folder / name).exists()]
         if lost:
             raise FileNotFoundError(
                 f"{self.folder} lacks {len(lost)} shards ({lost[0]}, ...); run the same command again"
             )
         self.statistics: dict[str, Tensor] = {}
         if normalise:
-            with safe_open(self.folder / STATISTICS, framework="pt") as file:
-                self.statistics = {name: file.get_tensor(name)[0] for name in ("mean", "std")}
+            found = torch.load(self.folder / STATISTICS, weights_only=True)
+            self.statistics = {name: tensor[0] for name, tensor in found.items()}
         self._open: dict[int, Any] = {}
 
-    def _names(self) -> list[str]:
-        return [shard_name(shard) for shard in range(-(-self.manifest["count"] // self.manifest["shard_size"]))]
-
     def __len__(self) -> int:
-        return self.manifest["count"]
+        return self._ends[-1]
 
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         if not 0 <= place < len(self):
             raise IndexError(place)
-        shard, row = divmod(place, self.manifest["shard_size"])
+        shard = bisect(self._ends, place)
+        row = place - (self._ends[shard - 1] if shard else 0)
         if shard not in self._open:
             self._open[shard] = safe_open(self.folder / shard_name(shard), framework="pt")
         file = self._open[shard]
         mirrored = self.flip and bool(torch.rand(()) < 0.5)
-        latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
+        if self.draw:
+            mean, logvar = (file.get_slice(name)[row] for name in ("mean", "logvar"))
+            latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        else:
+            latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
         if self.statistics:
             latents = (latents.float() - self.statistics["mean"]) / self.statistics["std"]
         return latents, int(file.get_slice("labels")[row])
@@ -149,40 +210,95 @@ def shard_name(shard: int) -> str:
     return f"latents_{shard:06d}.safetensors"
 
 
+def shard_places(manifest: dict[str, Any]) -> list[list[int]]:
+    """Which images are in each shard, by their places in the list of the first run."""
+    count, size, left_out = manifest["count"], manifest["shard_size"], set(manifest["left_out"])
+    return [
+        [place for place in range(first, min(first + size, count)) if place not in left_out]
+        for first in range(0, count, size)
+    ]
+
+
 def load_vae(options: Options, device: torch.device) -> PSVAE | PixelVAE:
-    """By ``config.json``: our own classes, or what `PixelVAE` recognises."""
-    config = Path(options.vae) / "config.json"
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class", "") if config.exists() else ""
-    cls = PSVAE if name == "PSVAE" else PixelVAE
-    if not name and not config.exists():  # the Hub, or a single file: ask each
+    """Of the class that recognises the checkpoint; where none does, what each said."""
+    said = []
+    for cls in (PSVAE, PixelVAE):
         try:
-            return PSVAE.from_pretrained(options.vae, device=device, allow_pickle=options.allow_pickle)
-        except Exception:
-            pass
-    return cls.from_pretrained(options.vae, device=device, allow_pickle=options.allow_pickle)
+            return cls.from_pretrained(options.vae, device=device, allow_pickle=options.allow_pickle)
+        except PSVAEError as error:
+            said.append(str(error))
+    raise SystemExit("\n".join(dict.fromkeys(said)))
 
 
-def manifest_of(options: Options, vae: PSVAE | PixelVAE, count: int) -> dict[str, Any]:
-    """What must not change between two runs into one folder."""
+def manifest_of(options: Options, vae: PSVAE | PixelVAE, images: Images) -> dict[str, Any]:
+    """What must not change between two runs into one folder; and ``left_out``, which may."""
     digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    kept = ("data", "split", "size", "shard_size", "moments", "seed", "dtype")
-    return {"count": count, "vae": digest.hexdigest(), **{name: asdict(options)[name] for name in kept}}
+    kept = "data", "split", "image_column", "label_column", "size", "shard_size", "moments", "seed", "dtype"
+    ours = {name: asdict(options)[name] for name in kept}
+    return {"count": len(images), "vae": digest.hexdigest(), **ours, "left_out": sorted(images.left_out)}
 
 
-def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or refuse a folder that holds another."""
+def resume(folder: Path, images: Images) -> None:
+    """Give images the places that they had in the first run into this folder. Removed ones are left out; anything else
+    that changed the list is refused."""
+    if not (folder / MANIFEST).exists():
+        return
+    if not (folder / NAMES).exists():
+        raise SystemExit(f"{folder} lacks {NAMES}, the list of its images; choose another --output")
+    before, now = json.loads((folder / NAMES).read_text(encoding="utf-8")), images.names
+    if images.table is not None:
+        if len(before) != len(now):
+            raise SystemExit(
+                f"the data set has {len(now)} rows and had {len(before)} when {folder} was begun: rows have no names "
+                "by which to tell which are new; choose another --output"
+            )
+        return
+    known, present = set(before), set(now)
+    added = [name for name in now if name not in known]
+    if added:
+        raise SystemExit(
+            f"{images.root} holds {len(added)} images that it did not when {folder} was begun: {some(added)}. What is "
+            "finished is untouched: take them out and run the same command again, or choose another --output"
+        )
+    images.follow(before)
+    images.left_out = {place for place, name in enumerate(before) if name not in present}
+
+
+def claim(folder: Path, manifest: dict[str, Any], images: Images) -> None:
+    """Write the manifest, or refuse a folder that holds another's shards."""
     path = folder / MANIFEST
+    folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in manifest if before.get(name) != manifest[name]]
+        changed = [name for name in manifest if name != "left_out" and before.get(name) != manifest[name]]
         if changed:
             said = "; ".join(f"{name}: {before.get(name)!r} before, {manifest[name]!r} now" for name in changed)
             raise SystemExit(f"{folder} holds latents of another run ({said}); choose another --output")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda place: place.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8"))
+        pairs = zip(shard_places(before), shard_places(manifest), strict=True)
+        stale = [n for n, (was, now) in enumerate(pairs) if was != now and (folder / shard_name(n)).exists()]
+        if stale:
+            moved = sorted(set(before["left_out"]) ^ set(manifest["left_out"]))
+            inside = [images.names[place] for place in moved if place // manifest["shard_size"] in stale]
+            raise SystemExit(
+                f"images were removed or came back after their shards were written: {some(inside)}. Undo that, or "
+                f"delete {some([shard_name(shard) for shard in stale])} in {folder} and run the same command again: "
+                "those alone are written anew"
+            )
+        for half_written in folder.glob(".latents_*"):  # by a run that was killed
+            half_written.unlink()
+    else:
+        write_text(folder / NAMES, json.dumps(images.names))
+    write_text(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -193,29 +309,48 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 @torch.no_grad()
-def encode_shard(vae: PSVAE | PixelVAE, images: Images, places: range, options: Options) -> dict[str, Tensor]:
-    """The tensors of one shard."""
+def check(vae: PSVAE | PixelVAE, options: Options) -> None:
+    """Stop before anything is written where the run could not begin."""
+    for name, least in (("batch_size", 1), ("shard_size", 1), ("size", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least {least}")
+    try:
+        vae.encode(torch.zeros(1, 3, options.size, options.size, device=vae.device))
+    except PSVAEError as error:
+        raise SystemExit(f"--size {options.size} does not fit {options.vae}: {error}") from error
+
+
+@torch.no_grad()
+def encode_shard(
+    vae: PSVAE | PixelVAE, images: Images, places: list[int], options: Options
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of one shard, and why images in it cannot be read: then there is no shard."""
     subset = torch.utils.data.Subset(images, places)
     parts: dict[str, list[Tensor]] = {}
-    first = places.start
-    for batch, labels in DataLoader(subset, options.batch_size, num_workers=options.workers):
-        generators = [torch.Generator().manual_seed(options.seed * 2**32 + first + i) for i in range(len(batch))]
-        first += len(batch)
+    faults: list[str] = []
+    loader = DataLoader(subset, options.batch_size, num_workers=options.workers, collate_fn=collate)
+    for batch_places, batch, labels, unreadable in loader:
+        faults += unreadable
+        if faults:
+            continue  # to name all of them at once
+        generators = [torch.Generator().manual_seed(options.seed * 2**32 + place) for place in batch_places]
         posterior = vae.encode(batch.to(vae.device)).latent_dist
         mirrored = vae.encode(batch.flip(-1).to(vae.device)).latent_dist
         found = {"latents": posterior.sample(generators), "latents_flip": mirrored.sample(generators)}
         if options.moments:
-            found |= {"mean": posterior.mean, "logvar": posterior.logvar}
+            logvar = posterior.logvar  # a point's says nothing: -30 is the smallest that a posterior takes
+            found |= {"mean": posterior.mean}
+            found |= {"logvar": torch.full_like(logvar, -30.0) if posterior.deterministic else logvar}
         for name, tensor in found.items():
             parts.setdefault(name, []).append(tensor.to("cpu", getattr(torch, options.dtype)))
         parts.setdefault("labels", []).append(labels.long())
-    return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
+    return ({} if faults else {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}), faults
 
 
-def measure(folder: Path, shards: int) -> None:
+def measure(folder: Path, shards: list[int]) -> None:
     """Mean and std per channel over every latent, in LightningDiT's layout 1 Z 1 1."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for shard in range(shards):
+    for shard in shards:
         with safe_open(folder / shard_name(shard), framework="pt") as file:
             latents = file.get_tensor("latents").double()
         count += latents.numel() // latents.shape[1]
@@ -224,26 +359,44 @@ def measure(folder: Path, shards: int) -> None:
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     tensors = {name: x.float().view(1, -1, 1, 1) for name, x in (("mean", mean), ("std", std))}
-    write_whole(folder / STATISTICS, lambda place: save_file(tensors, place))
+    write_whole(folder / STATISTICS, lambda place: torch.save(tensors, place))
 
 
 def main(options: Options) -> None:
     accelerator = Accelerator()
     vae, images = load_vae(options, accelerator.device), Images(options)
+    check(vae, options)
     if accelerator.is_main_process:
-        claim(options.output, manifest_of(options, vae, len(images)))
+        resume(options.output, images)
+        claim(options.output, manifest_of(options, vae, images), images)
     accelerator.wait_for_everyone()
-    shards = -(-len(images) // options.shard_size)
-    mine = range(accelerator.process_index, shards, accelerator.num_processes)
-    missing = [shard for shard in mine if not (options.output / shard_name(shard)).exists()]
-    for shard in tqdm(missing, "shards", disable=not accelerator.is_main_process):
-        places = range(shard * options.shard_size, min((shard + 1) * options.shard_size, len(images)))
-        tensors = encode_shard(vae, images, places, options)
-        write_whole(options.output / shard_name(shard), lambda place, tensors=tensors: save_file(tensors, place))
-    accelerator.wait_for_everyone()
+    resume(options.output, images)  # the others too
+    manifest = json.loads((options.output / MANIFEST).read_text(encoding="utf-8"))
+    places = shard_places(manifest)
+    shards = [shard for shard, held in enumerate(places) if held]
+    missing = [shard for shard in shards if not (options.output / shard_name(shard)).exists()]
+    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    faults: list[str] = []
+    for shard in tqdm(mine, "shards", disable=not accelerator.is_main_process):
+        tensors, unreadable = encode_shard(vae, images, places[shard], options)
+        for fault in unreadable:
+            print(f"{fault}; its shard is not written", file=sys.stderr)
+        faults += unreadable
+        if tensors:
+            write_whole(options.output / shard_name(shard), lambda place, tensors=tensors: save_file(tensors, place))
+    faults = gather_object(faults)
+    if faults:
+        remedy = "mend or remove them" if images.table is None else "mend them"
+        said = (
+            f"{len(faults)} images are unreadable: {some(faults)}. All other shards are finished in {options.output} "
+            f"and stay: {remedy}, and run the same command again"
+        )
+        raise SystemExit(said if accelerator.is_main_process else 1)
     if accelerator.is_main_process:
         measure(options.output, shards)
-        print(f"{len(images)} images in {shards} shards, {len(missing)} of them written now: {options.output}")
+        count = sum(map(len, places))
+        print(f"{count} images in {len(shards)} shards, {len(missing)} of them written now: {options.output}")
     accelerator.end_training()
 
 

@@ -74,7 +74,7 @@ def read_jobs(options: Options) -> list[Job]:
     elif options.geneval is not None:
         jobs = [
             Job(place, prompt_of(line, place + 1), [out / f"{place:05d}" / "samples" / name for name in names], line)
-            for place, line in enumerate(read_text(options.geneval).splitlines())
+            for place, line in enumerate(read_text(options.geneval).split("\n"))
             if line.strip()
         ]
     else:

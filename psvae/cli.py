@@ -3,17 +3,20 @@
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 import psvae
-from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.errors import CheckpointError, CheckpointWarning, ConfigError, PSVAEError, RangeWarning
 from psvae.hub.formats import Format, same
-from psvae.hub.mixin import HubMixin, recognise
+from psvae.hub.mixin import HubMixin, build_empty, recognise
 from psvae.hub.reading import Checkpoint
 from psvae.hub.source import Source
 
@@ -24,30 +27,49 @@ WITH_FOREIGN_FORMATS = ("PixelVAE", "PSVAE", "SemanticEncoder", "ViTPixelDecoder
 Positional = tyro.conf.Positional
 
 
+@dataclass(frozen=True)
+class Location:
+    """Where in the source the weights are."""
+
+    file: str | None = None
+    """Name of the weights file, where it is not a standard one."""
+    variant: str | None = None
+    """Such as fp16, where the weights file's name carries one."""
+    subfolder: str = ""
+    """Of the folder or repository, such as vae in a pipeline."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub repository."""
+    allow_pickle: bool = False
+    """Read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler."""
+
+    def open(self, source: str) -> Checkpoint:
+        """The checkpoint, of which no tensor is read yet."""
+        found = Source(source, self.subfolder, revision=self.revision)
+        return Checkpoint(found, file=self.file, variant=self.variant, allow_pickle=self.allow_pickle)
+
+
+Where = Annotated[Location, tyro.conf.arg(name="")]  # its flags without a prefix, the same in every command
+ANYWHERE = Location()
+
+
 def inspect(
     source: Positional[str],
     *,
-    file: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
+    where: Where = ANYWHERE,
 ) -> int:
-    """Say what a checkpoint is: format, architecture, size, statistics, licence, problems. Reads no tensor of a
+    """Say what a checkpoint is: files, format, architecture, size, statistics, licence, problems. Reads no tensor of a
     safetensors file.
 
     Args:
         source: a folder, a weights file, or a Hub id.
-        file: name of the weights file, where it is not a standard one.
-        variant: such as fp16, where the weights file's name carries one.
-        revision: branch, tag or commit of a Hub repository.
-        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
     """
-    checkpoint = _open(source, file, variant, revision, allow_pickle)
+    checkpoint = where.open(source)
     cls, layout = _recognise(checkpoint)
     values = checkpoint.own_config() if layout is None else layout.read_config(checkpoint.config, checkpoint.header)
     config: Any = cls.config_class.from_dict(values)
     header = checkpoint.header
-    _say("format", "psvae" if layout is None else layout.name)
+    _say("files", ", ".join(path.name for path in checkpoint.files))
+    _say("format", "psvae" if layout is None else layout.name + layout.remark(header))
     _say("class", cls.__name__)
     _say("weights", f"{sum(map(_count, header.values())) / 1e6:.2f} M numbers in {len(header)} tensors")
     for name, value in config.to_dict().items():
@@ -58,8 +80,11 @@ def inspect(
     statistics = {name: shape for name, shape in header.items() if name.split(".")[-1].strip("_") in _STATISTICS}
     _say("statistics", ", ".join(f"{name} {shape}" for name, shape in statistics.items()) or "none in the file")
     _say("licence", _licence(checkpoint.source))
-    with torch.device("meta"):
-        expected = cls(config).state_dict()  # type: ignore[call-arg]
+    try:
+        expected = build_empty(cls, config, checkpoint).state_dict()
+    except ConfigError as problem:
+        _say("problems", problem)
+        return 1
     rules, ignored = same(list(expected)), ()
     if layout is not None:
         ours = config.to_dict()
@@ -83,10 +108,7 @@ def convert(
     destination: Positional[Path],
     *,
     to: Target,
-    file: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    allow_pickle: bool = False,
+    where: Where = ANYWHERE,
     overwrite: bool = False,
 ) -> int:
     """Write a checkpoint in another layout.
@@ -96,15 +118,11 @@ def convert(
         destination: a folder, new or empty.
         to: psvae: our own. diffusers: AutoencoderKL for a PixelVAE, AutoencoderPSVAE for a PSVAE. ldm: LDM's names.
             timm, transformers: an encoder for those libraries.
-        file: name of the weights file, where it is not a standard one.
-        variant: such as fp16, where the weights file's name carries one.
-        revision: branch, tag or commit of a Hub repository.
-        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
         overwrite: write into a folder that holds something.
     """
     if destination.exists() and not overwrite and (destination.is_file() or any(destination.iterdir())):
         raise ConfigError(f"{destination} holds something; choose another folder, or pass --overwrite")
-    cls, _ = _recognise(_open(source, file, variant, revision, allow_pickle))
+    cls, _ = _recognise(where.open(source))
     writers: dict[tuple[str, str], Callable[[Any], Any]] = {
         ("PixelVAE", "diffusers"): lambda model: model.export_diffusers(destination),
         ("PixelVAE", "ldm"): lambda model: model.export_ldm(destination),
@@ -116,7 +134,7 @@ def convert(
     if write is None:
         known = ["psvae", *(layout for name, layout in writers if name == cls.__name__)]
         raise ConfigError(f"a {cls.__name__} has no layout {to!r}; wanted one of: {', '.join(known)}")
-    loaded = cls.from_pretrained(source, file=file, variant=variant, revision=revision, allow_pickle=allow_pickle)
+    loaded = cls.from_pretrained(source, **asdict(where))
     write(loaded)
     _say("written", f"{cls.__name__} as {to} to {destination}")
     return 0
@@ -127,34 +145,38 @@ def reconstruct(
     *,
     model: str,
     output: Path = Path("reconstructions"),
-    revision: str | None = None,
     device: str = "cpu",
-    allow_pickle: bool = False,
+    where: Where = ANYWHERE,
 ) -> int:
-    """Encode and decode images; writes each reconstruction and a side-by-side picture, prints the PSNR.
+    """Encode and decode images; prints the PSNR. Writes NAME_reconstructed.png and NAME_side_by_side.png.
 
     Args:
         images: image files. What exceeds a multiple of the stride at the right and below is cropped, and it is said.
         model: a PSVAE or PixelVAE: a folder, a weights file, or a Hub id.
         output: folder for the pictures.
-        revision: branch, tag or commit of a Hub repository.
         device: such as cpu or cuda.
-        allow_pickle: read .bin, .pt, .pth and .ckpt files with PyTorch's restricted unpickler.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not images:
         raise ConfigError("no image came; wanted one or more files")
-    cls, _ = _recognise(_open(model, None, None, revision, allow_pickle))
+    folder = next((path for path in images if path.is_dir()), None)
+    if folder is not None:
+        raise ConfigError(f"{folder} is a folder; wanted image files, such as {folder}/*.png")
+    twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
+    if twice:
+        raise ConfigError(f"several images are named {twice[0]}, so are their pictures; run the command once for each")
+    _check_device(device)
+    cls, _ = _recognise(where.open(model))
     if cls.__name__ not in ("PSVAE", "PixelVAE"):
         raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
-    vae: Any = cls.from_pretrained(model, revision=revision, allow_pickle=allow_pickle, device=device)
+    vae: Any = cls.from_pretrained(model, device=device, **asdict(where))
     stride = vae.config.spatial_compression_ratio
     output.mkdir(parents=True, exist_ok=True)
     for path in images:
         try:
-            picture = Image.open(path).convert("RGB")
+            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise ConfigError(f"{path} cannot be read as an image ({error})") from error
         width, height = (side // stride * stride for side in picture.size)
@@ -167,28 +189,59 @@ def reconstruct(
         with torch.no_grad():
             rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         psnr = 10 * torch.log10(4 / (rebuilt - pixels).square().mean())
-        for name, shown in ((path.stem, rebuilt), (f"{path.stem}_side_by_side", torch.cat([pixels, rebuilt], dim=3))):
+        pictures = {"reconstructed": rebuilt, "side_by_side": torch.cat([pixels, rebuilt], dim=3)}
+        for name, shown in pictures.items():
             array = (shown[0] * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-            Image.fromarray(array).save(output / f"{name}.png")
-        _say(path.name, f"{psnr.item():.2f} dB, {output / path.stem}.png")
+            Image.fromarray(array).save(output / f"{path.stem}_{name}.png")
+        _say(path.name, f"{psnr.item():.2f} dB, {output / path.stem}_reconstructed.png")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 well, 1 problems found, 2 a mistake in what was asked."""
     commands = {"inspect": inspect, "convert": convert, "reconstruct": reconstruct}
+    asked = sys.argv[1:] if arguments is None else arguments
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            commands, prog="psvae", description="Image latents that also carry meaning.", args=arguments
-        )
-    except PSVAEError as error:
-        sys.stderr.write(f"psvae: {error}\n")
+        try:
+            if asked == ["--version"]:
+                sys.stdout.write(f"psvae {psvae.__version__}\n")
+                return 0
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", CheckpointWarning)
+                warnings.showwarning = _warn
+                return tyro.extras.subcommand_cli_from_dict(
+                    commands,
+                    prog="psvae",
+                    description="Image latents that also carry meaning. psvae --version prints the version.",
+                    args=asked,
+                )
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        return 128 + 13  # as a shell reports SIGPIPE
+    except (PSVAEError, OSError) as error:
+        sys.stderr.write(f"psvae: {_as_flags(str(error))}\n")
         return 2
 
 
-def _open(source: str, file: str | None, variant: str | None, revision: str | None, pickles: bool) -> Checkpoint:
-    found = Source(source, "", revision=revision)
-    return Checkpoint(found, file=file, variant=variant, allow_pickle=pickles)
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, CheckpointWarning | RangeWarning):  # other libraries' are not for the people who type
+        sys.stderr.write(f"psvae: warning: {message}\n")
+
+
+def _as_flags(message: str) -> str:
+    """The remedies of an error as they are typed: ``--variant fp16`` for ``variant='fp16'``."""
+    message = message.replace("allow_pickle=True", "--allow-pickle").replace("pass token=...", "set HF_TOKEN")
+    return re.sub(r"\b(file|variant|subfolder|revision)='([^']*)'", r"--\1 \2", message)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # CUDA that PyTorch was built without is an assertion
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device is {name!r}, which cannot be used here ({reason}); cpu always can") from error
 
 
 def _recognise(checkpoint: Checkpoint) -> tuple[type[HubMixin], Format | None]:
@@ -226,7 +279,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _say(name: str, value: Any) -> None:
-    sys.stdout.write(f"{name + ':':<28}{value}{os.linesep}")
+    sys.stdout.write(f"{name + ':':<28}{value}\n")
 
 
 if __name__ == "__main__":

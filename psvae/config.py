@@ -18,6 +18,8 @@ from psvae.errors import ConfigError
 
 __all__ = ["Config"]
 
+LARGEST = 2**31 - 1  # of whole numbers: no size of a tensor is larger
+
 
 @dataclass(frozen=True)
 class Config:
@@ -113,11 +115,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return hint.from_dict(value)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return value
     elif isinstance(hint, type) and hint not in (int, float) and origin is None and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
     if isinstance(value, float) and not math.isfinite(value):
         wanted = "a finite number"
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        wanted = f"a whole number up to {LARGEST}"
     raise ConfigError(f"{where} is {value!r}; wanted {wanted}")

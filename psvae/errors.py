@@ -6,6 +6,7 @@ Every message says what came, what was wanted and what to do.
 
 __all__ = [
     "CheckpointError",
+    "CheckpointWarning",
     "ConfigError",
     "DtypeError",
     "MissingDependencyError",
@@ -37,6 +38,10 @@ class CheckpointError(PSVAEError, RuntimeError):
 
 class MissingDependencyError(PSVAEError, ImportError):
     """An optional library is absent or broken; the message says how to mend it."""
+
+
+class CheckpointWarning(UserWarning):
+    """A file was written, and what it has no place for must be passed when it is loaded."""
 
 
 class RangeWarning(UserWarning):

@@ -133,17 +133,17 @@ class LatentSpec(nn.Module):
     def normalize(self, latents: Latents) -> Latents:
         """(z − mean) / std."""
         self._check_grid(latents)
-        return (latents - self.mean.to(latents.dtype)) / self.std.to(latents.dtype)
+        return (latents - self.mean.to(latents)) / self.std.to(latents)  # the device too: offloading leaves them behind
 
     def denormalize(self, latents: Latents) -> Latents:
         """z · std + mean, the inverse of `normalize`."""
         self._check_grid(latents)
-        return latents * self.std.to(latents.dtype) + self.mean.to(latents.dtype)
+        return latents * self.std.to(latents) + self.mean.to(latents)
 
     def normalize_posterior(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
         """The distribution of normalised latents: an affine map of a Gaussian is a Gaussian."""
         mean = self.normalize(posterior.mean)
-        logvar = posterior.logvar - 2.0 * self.std.to(mean.dtype).log()
+        logvar = posterior.logvar - 2.0 * self.std.to(mean).log()
         return DiagonalGaussian(torch.cat([mean, logvar], dim=1), posterior.deterministic)
 
     def _check_grid(self, latents: Tensor) -> None:

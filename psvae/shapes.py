@@ -20,11 +20,11 @@ import warnings
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from psvae.errors import DtypeError, RangeWarning, ShapeError
 
-__all__ = ["Features", "Images", "Latents", "Tokens", "check_images", "check_map"]
+__all__ = ["Features", "Images", "Latents", "Tokens", "check_dtype", "check_images", "check_map"]
 
 Images = Float[Tensor, "B C H W"]
 Features = Float[Tensor, "B D h w"]
@@ -60,6 +60,28 @@ def check_map(x: Tensor, channels: int, what: str) -> None:
         raise DtypeError(f"{what} have dtype {x.dtype}; wanted floating point{hint}")
     if not torch.compiler.is_compiling() and 0 in x.shape:
         raise ShapeError(f"{what} have shape {tuple(x.shape)}; every axis must hold at least one element")
+
+
+def check_dtype(x: Tensor, reader: nn.Module, what: str) -> None:
+    """Refuse half precision for float32 weights, unless autocast converts.
+
+    Any other mixture is left to PyTorch: layers may be quantised, or cast by hooks as they are called.
+
+    Args:
+        reader: the layer that takes ``x`` first.
+
+    Raises:
+        DtypeError: ``x`` is float16 or bfloat16 and the weights are float32.
+    """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return
+    weight, place = getattr(reader, "weight", None), x.device.type
+    cast = place != "meta" and torch.is_autocast_enabled(place)
+    if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not cast:
+        raise DtypeError(
+            f"{what} have dtype {x.dtype} and the weights {weight.dtype}; wanted one dtype: convert the model with "
+            f".to({x.dtype}), or the {what} with .float(), or run under torch.autocast"
+        )
 
 
 def check_images(images: Tensor, stride: int, channels: int = 3) -> None:

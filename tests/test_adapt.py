@@ -1,13 +1,15 @@
 """A generator fitted to another latent: new first and last layers, the rest as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
 from psvae.adapt import latent_shape, resize_latent_io
-from psvae.errors import ConfigError, ShapeError
-from tests.base import assert_equal
+from psvae.errors import ConfigError, DtypeError, ShapeError
+from tests.base import assert_close, assert_equal
 from tests.tiny import tiny_pixel_vae, tiny_psvae
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers comes with psvae[dev]")
@@ -53,6 +55,11 @@ def flux():
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
+
+
+def dc_config():
+    """Of AutoencoderDC: no stride, and the levels of the encoder alone."""
+    return SimpleNamespace(latent_channels=32, encoder_block_out_channels=(128, 256, 512, 512, 1024, 1024))
 
 
 def call(model, x):
@@ -111,6 +118,56 @@ def test_diffusers_models_save_and_reload(build, tmp_path):
         assert (again.config.patch_size, again.config.sample_size) == (1, 4)  # the grid of tokens is as it was
 
 
+@torch.no_grad()
+def test_pixart_at_1024_px_reloads_with_its_positions(tmp_path):
+    """diffusers draws the scale of its position table, and a module, from the sample size, which changes here."""
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=128, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=6,
+        num_attention_heads=2, cross_attention_dim=12, caption_channels=8,
+    ).eval()  # fmt: skip
+    resize_latent_io(model, 96, 1)
+    nn.init.normal_(model.proj_out.weight)
+    model.save_pretrained(tmp_path)
+    again = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path)
+    inputs = {
+        "encoder_hidden_states": torch.ones(1, 3, 8), "timestep": torch.ones(1), "return_dict": False,
+        "encoder_attention_mask": torch.ones(1, 3),
+        "added_cond_kwargs": {"resolution": torch.full((1, 2), 1024.0), "aspect_ratio": torch.ones(1, 1)},
+    }  # fmt: skip
+    x = torch.randn(1, 96, 64, 64)
+    assert_close([again(x, **inputs)[0]], [model(x, **inputs)[0]], tolerance=1e-4)
+
+
+def test_models_that_read_more_than_the_latent_are_refused():
+    fields = {"num_layers": 1, "joint_attention_dim": 8, "pooled_projection_dim": 8, "num_attention_heads": 2}
+    inpainting = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=33, out_channels=16, attention_head_dim=8, caption_projection_dim=16,
+        pos_embed_max_size=8, **fields,
+    )  # fmt: skip
+    fill = diffusers.FluxTransformer2DModel(
+        in_channels=96, out_channels=16, num_single_layers=1, attention_head_dim=16, axes_dims_rope=(4, 4, 8), **fields
+    )
+    for model, said in ((inpainting, "takes 33 channels and gives 16"), (fill, "takes 96 channels and gives 16")):
+        before = [value.clone() for value in model.state_dict().values()]
+        with pytest.raises(ConfigError, match=f"{said}: it reads more than the latent"):
+            resize_latent_io(model, 96, 1)
+        assert_equal(model.state_dict().values(), before)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "flux"])
+def test_the_patch_size_stays_unless_given(name):
+    model = resize_latent_io({**MODELS, "flux": flux}[name](), 96)
+    y = call(model.eval(), torch.randn(2, 96, 8, 8))
+    times = 2 if name in ("plain", "dit") else 1
+    assert y.shape == ((2, 16, 384) if name == "flux" else (2, times * 96, 8, 8))
+
+
+@pytest.mark.parametrize("patch", [1, 3])
+def test_odd_patches(patch):
+    model = resize_latent_io(PlainDiT(input_size=9, patch_size=3), 7, patch)
+    assert model(torch.randn(1, 7, 3 * patch, 3 * patch)).shape == (1, 14, 3 * patch, 3 * patch)
+
+
 def test_dtype_stays():
     model = resize_latent_io(PlainDiT().bfloat16(), 96, 1)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -119,8 +176,22 @@ def test_dtype_stays():
 def test_unknown_models_and_numbers():
     with pytest.raises(ConfigError, match="Linear has no layers that psvae knows; wanted an x_embedder"):
         resize_latent_io(nn.Linear(2, 2), 96, 1)
-    with pytest.raises(ConfigError, match="patch_size 0 came; wanted both at least 1"):
+    with pytest.raises(ConfigError, match="patch_size came as 0; wanted an int of at least 1, or None"):
         resize_latent_io(PlainDiT(), 96, 0)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("channels", "patch", "said"), [
+    ("96", 1, "channels came as '96'; wanted an int of at least 1, such as vae.config.latent_channels"),
+    ((96, 16, 16), None, r"channels came as \(96, 16, 16\)"),
+    (96, 1.0, "patch_size came as 1.0; wanted an int of at least 1, or None to keep the model's own"),
+])  # fmt: skip
+def test_numbers_of_another_type(channels, patch, said):
+    model = PlainDiT()
+    before = model.x_embedder.proj
+    with pytest.raises(ConfigError, match=said):
+        resize_latent_io(model, channels, patch)
+    assert model.x_embedder.proj is before
 
 
 def test_latent_shape():
@@ -129,8 +200,24 @@ def test_latent_shape():
     kl = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 3,
                                  up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1)  # fmt: skip
     assert latent_shape(kl, 64) == (4, 16, 16)
+    assert latent_shape(SimpleNamespace(config=dc_config()), 64) == (32, 2, 2)
     with pytest.raises(ShapeError, match="an image side is 36; wanted a multiple of the stride 8, nearest 32"):
         latent_shape(tiny_psvae(), (32, 36))
+    assert latent_shape(tiny_psvae(), torch.zeros(2, 3, 32, 48).shape[-2:]) == (8, 4, 6)
+    with pytest.raises(ShapeError, match=r"came as \(2, 3, 32, 48\); wanted one side .* pass images.shape\[-2:\]"):
+        latent_shape(tiny_psvae(), torch.zeros(2, 3, 32, 48).shape)
+    with pytest.raises(ConfigError, match="the configuration of Linear has no latent_channels"):
+        latent_shape(nn.Linear(1, 1), 64)
     with pytest.raises(ConfigError, match="has no latent_channels"):
         latent_shape(diffusers.UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
                                            up_block_types=("UpBlock2D",) * 2, layers_per_block=1), 64)  # fmt: skip
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("size", "said"), [
+    (256.0, "came as 256.0; wanted pixels as one int"), ("256", "came as '256'"), ((256, 1.5), r"came as \(256, 1.5\)"),
+    (torch.zeros(1, 3, 8, 8), "came as a tensor; wanted pixels as one int or"), (None, "came as None"),
+])  # fmt: skip
+def test_latent_shape_of_no_size(size, said):
+    with pytest.raises(DtypeError, match=said):
+        latent_shape(tiny_psvae(), size)

@@ -17,9 +17,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from psvae import PSVAE, SemanticEncoder, SemanticEncoderConfig, fit_latent_statistics
+from psvae import (
+    PSVAE,
+    SemanticEncoder,
+    SemanticEncoderConfig,
+    ViTPixelDecoder,
+    ViTPixelDecoderConfig,
+    fit_latent_statistics,
+)
 from psvae.errors import ConfigError, DtypeError, MissingDependencyError, PSVAEError, RangeWarning, ShapeError
 from tests.tiny import (
+    build,
     features,
     images,
     latents,
@@ -27,6 +35,7 @@ from tests.tiny import (
     tiny_decoder_config,
     tiny_encoder,
     tiny_encoder_config,
+    tiny_pixel_vae,
     tiny_psvae,
     tiny_psvae_config,
     tiny_vae,
@@ -184,6 +193,65 @@ def test_bad_latents_and_features(
     bad = spoil(latents() if channels == 8 else features())
     with pytest.raises(error, match=f"^{what} .*" + message.replace("{channels}", str(channels))):
         call(bad)
+
+
+# Half precision for float32 weights
+
+VIT_DECODER = ViTPixelDecoderConfig(8, width=24, depth=1, num_heads=3, mlp_dim=40, patch_size=8, grid=(4, 4))
+HALVES: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor], Any], str, Callable[[], Tensor]]] = {
+    "PixelVAE": (tiny_pixel_vae, lambda model, x: model(x).sample, "images", images),
+    "PixelVAE.encode": (tiny_pixel_vae, lambda model, x: model.encode(x).latent_dist.mean, "images", images),
+    "PixelVAE.decode": (tiny_pixel_vae, lambda model, z: model.decode(z).sample, "latents", latents),
+    "PSVAE.decode": (tiny_psvae, lambda model, z: model.decode(z).sample, "latents", latents),
+    "PSVAE.decode_features": (tiny_psvae, lambda model, z: model.decode_features(z), "latents", latents),
+    "PixelDecoder": (tiny_decoder, lambda model, z: model(z), "latents", latents),
+    "ViTPixelDecoder": (lambda: build(ViTPixelDecoder, VIT_DECODER), lambda model, z: model(z), "latents", latents),
+    "SemanticVAE.encode": (tiny_vae, lambda model, f: model.encode(f).mean, "features", features),
+    "SemanticVAE.decode": (tiny_vae, lambda model, z: model.decode(z), "latents", latents),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("make_model", "call", "what", "make"), HALVES.values(), ids=HALVES.keys())
+def test_half_precision_for_float32_weights(
+    make_model: Any, call: Any, what: str, make: Any, dtype: torch.dtype
+) -> None:
+    """Refused with both remedies, which both work; autocast is the third."""
+    message = (
+        rf"^{what} have dtype {dtype} and the weights torch\.float32; .*\.to\({dtype}\), or the {what} with \.float"
+    )
+    model, half = make_model(), make().to(dtype)
+    for refused in (half, half.to("meta")):
+        with pytest.raises(DtypeError, match=message):
+            call(model.to(refused.device), refused)
+    model = make_model()
+    assert call(model, half.float()).dtype == torch.float32
+    with torch.autocast("cpu", dtype):
+        assert call(model, half).isfinite().all()
+    assert call(model.to(dtype), half).dtype == dtype
+
+
+def test_weights_that_hooks_cast_as_they_are_called_are_no_mistake() -> None:
+    """diffusers' layerwise casting keeps weights in a small type and computes in a larger one."""
+    decoder, seen = tiny_decoder().bfloat16(), []
+    for layer in (layer for layer in decoder.modules() if not list(layer.children())):
+        layer.register_forward_pre_hook(lambda layer, _: layer.float() and None)
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer.bfloat16()) and None)
+    assert decoder(latents()).dtype == torch.float32
+    assert seen
+
+
+@pytest.mark.compile
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["PixelDecoder", "ViTPixelDecoder", "SemanticVAE.decode"])
+def test_autocast_in_one_compiled_graph(name: str) -> None:
+    make_model, call, _, make = HALVES[name]
+    model, half = make_model(), make().bfloat16()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: call(model, x), fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(half), call(model, half))
 
 
 def test_latents_of_another_grid_than_the_statistics() -> None:

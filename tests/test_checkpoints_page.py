@@ -3,13 +3,31 @@
 import importlib.util
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+import pytest
+
+import psvae
+
+ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_is_current():
-    spec = importlib.util.spec_from_file_location("checkpoints", DOCS / "checkpoints.py")
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("checkpoints", ROOT / "docs" / "checkpoints.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    page = module.page()
-    assert (DOCS / "checkpoints.md").read_text(encoding="utf-8") == page, "run python docs/checkpoints.py"
-    assert "|  |" not in page, "a layout without examples and verification: add it to KNOWN"
+    return module
+
+
+def test_the_page_is_current(script):
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    assert page == script.page(), "run python docs/checkpoints.py"
+
+
+def test_every_layout_has_its_facts_and_no_other_is_promised(script):
+    read = {layout.name for name in psvae.__all__ for layout in getattr(getattr(psvae, name), "foreign_formats", ())}
+    assert read == script.KNOWN.keys()
+    for facts in script.KNOWN.values():
+        assert facts.published
+        assert all(ids and licence for ids, licence in facts.published)
+        assert facts.verified
+        assert (ROOT / facts.tests).is_file()

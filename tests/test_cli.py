@@ -1,5 +1,6 @@
 """The psvae command: what it says, what it writes, how it refuses."""
 
+import json
 import subprocess
 import sys
 
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import psvae
 from psvae import PSVAE, PixelVAE
 from psvae.cli import main
 from tests.base import assert_same_state
-from tests.tiny import fill_weights, tiny_pixel_vae, tiny_psvae
+from tests.tiny import fill_weights, tiny_pixel_vae, tiny_pixel_vae_config, tiny_psvae
 
 
 @pytest.fixture
@@ -66,8 +68,15 @@ def test_convert_a_pixel_vae(kl, tmp_path, capsys, to):
     assert_same_state(PixelVAE.from_pretrained(tmp_path / "out"), PixelVAE.from_pretrained(kl))
 
 
-def test_convert_to_ldm(kl, tmp_path):
-    assert main(["convert", str(kl), str(tmp_path / "out"), "--to", "ldm"]) == 0
+def test_convert_to_ldm(tmp_path, capsys):
+    """Its files have no place for the scaling; the rest of the warning is for Python."""
+    halves = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "norm_groups": 32}
+    config = tiny_pixel_vae_config()
+    tiny_pixel_vae(encoder=config.encoder.replace(**halves), decoder=config.decoder.replace(**halves)).save_pretrained(
+        tmp_path / "own"
+    )
+    assert main(["convert", str(tmp_path / "own"), str(tmp_path / "out"), "--to", "ldm"]) == 0
+    assert capsys.readouterr().err.startswith("psvae: warning: LDM's layout has no place for scaling_factor: ")
     assert "encoder.down.0.block.0.conv1.weight" in load_file(tmp_path / "out/model.safetensors")
 
 
@@ -87,7 +96,24 @@ def test_reconstruct(kl, tmp_path, capsys):
     both = np.asarray(Image.open(tmp_path / "out/a_side_by_side.png"))
     assert both.shape == (32, 96, 3)
     assert np.array_equal(both[:, :48], pixels[:32, :48])
-    assert np.array_equal(both[:, 48:], np.asarray(Image.open(tmp_path / "out/a.png")))
+    assert np.array_equal(both[:, 48:], np.asarray(Image.open(tmp_path / "out/a_reconstructed.png")))
+
+
+def test_reconstruct_leaves_the_photograph_alone(kl, tmp_path):
+    photograph = tmp_path / "a.png"
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(photograph)
+    before = photograph.read_bytes()
+    assert main(["reconstruct", str(photograph), "--model", str(kl), "--output", str(tmp_path)]) == 0
+    assert photograph.read_bytes() == before
+
+
+def test_reconstruct_turns_a_photograph_as_its_camera_says(kl, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert main(["reconstruct", str(tmp_path / "a.jpg"), "--model", str(kl), "--output", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out/a_reconstructed.png") as picture:
+        assert picture.size == (32, 48)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +130,98 @@ def test_reconstruct(kl, tmp_path, capsys):
             "a PSVAE has no layout 'ldm'; wanted one of: psvae, diffusers",
         ),
         (["reconstruct", "{root}/no.png", "--model", "{kl}"], "no.png cannot be read as an image"),
+        (["reconstruct", "a/x.png", "b/x.jpg", "--model", "{kl}"], "several images are named x"),
+        (
+            ["reconstruct", "x.png", "--model", "{kl}", "--device", "foo"],
+            "--device is 'foo', which cannot be used here",
+        ),
+        (["convert", "{own}", "{root}/x.ckpt/new", "--to", "diffusers"], "Not a directory"),
         (["inspect", "{root}/other"], "is of no layout that psvae reads (names like a, b); it reads its own and: LDM"),
         (["inspect", "{root}/x.ckpt"], "is a pickle, which can run code"),
+        (["inspect", "{root}/x.ckpt"], "pass --allow-pickle: it is then read"),
+        (["convert", "{kl}", "{root}/x", "--to", "ldm"], "encoder.norm_groups is 8; LDM's code has 32"),
+        (["reconstruct", "{root}", "--model", "{kl}"], "is a folder; wanted image files, such as {root}/*.png"),
+        (["reconstruct", "x.png", "--model", "{root}/variants"], "pass --variant fp16: the folder holds"),
+        (["inspect", "{root}/pipeline"], "holds a pipeline, which is many models; pass --subfolder vae or another"),
+        (["inspect", "{kl}/config.json"], "config.json is a configuration, no weights: pass its folder"),
     ],
 )
 def test_mistakes_are_one_line(kl, own, tmp_path, capsys, arguments, message):
     (tmp_path / "other").mkdir()
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "other/model.safetensors")
     torch.save({}, tmp_path / "x.ckpt")
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    (tmp_path / "variants").mkdir()
+    for path in kl.iterdir():
+        (tmp_path / "variants" / path.name.replace(".safetensors", ".fp16.safetensors")).write_bytes(path.read_bytes())
     filled = [word.format(root=tmp_path, kl=kl, own=own) for word in arguments]
     assert main([*filled, *(["--output", str(tmp_path / "out")] if arguments[0] == "reconstruct" else [])]) == 2
     error = capsys.readouterr().err
-    assert message in error
+    assert message.format(root=tmp_path) in error
     assert error.startswith("psvae: ")
     assert error.count("\n") == 1
+
+
+def test_every_command_reads_the_same_places(kl, tmp_path, capsys):
+    """A variant in a subfolder, by the same flags."""
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    inner = tmp_path / "whole/inner"
+    inner.mkdir(parents=True)
+    for path in kl.iterdir():
+        (inner / path.name.replace(".safetensors", ".fp16.safetensors")).write_bytes(path.read_bytes())
+    (inner / "diffusion_pytorch_model.fp16.safetensors").rename(inner / "a.safetensors")
+    (inner / "diffusion_pytorch_model.fp16.safetensors").symlink_to(inner / "a.safetensors")
+    out = tmp_path / "out"
+    for place in (["--variant", "fp16"], ["--file", "a.safetensors"]):
+        for command in (
+            ["inspect", str(tmp_path / "whole")],
+            ["convert", str(tmp_path / "whole"), str(out / place[1]), "--to", "psvae"],
+            ["reconstruct", str(tmp_path / "a.png"), "--model", str(tmp_path / "whole"), "--output", str(out)],
+        ):  # fmt: skip
+            assert main([*command, "--subfolder", "inner", *place]) == 0, capsys.readouterr()
+        assert_same_state(PixelVAE.from_pretrained(out / place[1]), PixelVAE.from_pretrained(kl))
+
+
+def test_inspect_says_what_it_recognised(tmp_path, capsys):
+    vae = tiny_pixel_vae(**{
+        half: getattr(tiny_pixel_vae_config(), half).replace(base_channels=32, norm_groups=32)
+        for half in ("encoder", "decoder")
+    }, scaling_factor=1.0)  # fmt: skip
+    vae.export_ldm(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({f"first_stage_model.{name}": x for name, x in state.items()} | {"unet.x": torch.zeros(1)},
+              tmp_path / "whole.safetensors")  # fmt: skip
+    assert main(["inspect", str(tmp_path / "whole.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "files:                      whole.safetensors" in said
+    assert "read from the names that begin with 'first_stage_model.'; it holds no scaling_factor" in said
+
+
+def test_inspect_of_an_absurd_depth_does_not_build_it(own, capsys):
+    path = own / "config.json"
+    values = json.loads(path.read_text())
+    values["vae"]["depth"] = 10**9
+    path.write_text(json.dumps(values))
+    assert main(["inspect", str(own)]) == 1
+    assert "has vae.depth 1000000000; wanted a number of layers" in capsys.readouterr().out
+
+
+def test_a_reader_that_closes_early_is_no_error(kl):
+    """As ``psvae inspect x | head -1``."""
+    for arguments in (["inspect", str(kl)], ["--help"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "psvae.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        process.stderr.close()
+        assert process.wait() == 141
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"psvae {psvae.__version__}\n"
 
 
 def test_help_and_exit_codes_of_the_process(tmp_path):

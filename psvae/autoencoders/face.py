@@ -1,11 +1,15 @@
 """What SD-style callers ask of any image ↔ latent model beside encode and decode: slicing, tiling, dtype, device."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from psvae.decoders import Tiling
+from psvae.decoders import Tiling, decode_tiled
 from psvae.errors import ConfigError
+from psvae.shapes import Images, Latents, check_images
 
 __all__ = ["AutoencoderFace"]
 
@@ -44,7 +48,9 @@ class AutoencoderFace:
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Decode images larger than a tile tile by tile. Encoding is never tiled: every token attends to all.
+        """Work tile by tile on images larger than a tile: `PSVAE` decodes so, `PixelVAE` encodes too.
+
+        A semantic encoder is never tiled: its tokens attend to all others, so tiles would change their meaning.
 
         Args:
             tile_sample_min_height, tile_sample_min_width: size of a tile in pixels; ``config.sample_size``.
@@ -75,3 +81,23 @@ class AutoencoderFace:
     def disable_tiling(self) -> None:
         """Whole images again."""
         self.use_tiling = False
+
+    def _decode_tiles(self, decoder: Callable[[Latents], Images], latents: Latents) -> Images:
+        """``B Z h w`` → ``B C H W``, by tiles where they are enabled."""
+        if not self.use_tiling:
+            return decoder(latents)
+        return decode_tiled(decoder, latents, self.config.spatial_compression_ratio, self._tiles())
+
+    def _encode_tiles(self, encoder: Callable[[Images], Tensor], images: Images) -> Tensor:
+        """``B C H W`` → ``B 2Z h w``, by tiles where they are enabled: mean and log-variance are blended."""
+        if not self.use_tiling:
+            return encoder(images)
+        stride = self.config.spatial_compression_ratio
+        check_images(images, stride, self.config.in_channels)
+        cells = F.pixel_unshuffle(images, stride)  # the grid of the latent, so that the same tiles serve
+        return decode_tiled(lambda tile: encoder(F.pixel_shuffle(tile, stride)), cells, 1, self._tiles())
+
+    def _tiles(self) -> Tiling:
+        if self.tiling is None:  # a caller set use_tiling alone
+            self.enable_tiling()
+        return cast(Tiling, self.tiling)

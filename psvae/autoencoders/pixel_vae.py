@@ -4,6 +4,7 @@ image ─encoder, quant_conv─▶ latent ─post_quant_conv, decoder─▶ imag
 """
 
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -12,16 +13,16 @@ from torch import Generator, Tensor, nn
 from psvae.autoencoders.face import AutoencoderFace
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PixelVAEOutput
 from psvae.config import Config
-from psvae.decoders import PixelDecoder, PixelDecoderConfig, decode_tiled
+from psvae.decoders import PixelDecoder, PixelDecoderConfig
 from psvae.encoders import PixelEncoder, PixelEncoderConfig
-from psvae.errors import CheckpointError, ConfigError
+from psvae.errors import CheckpointError, CheckpointWarning, ConfigError
 from psvae.hub.exporting import export
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.keymaps.ldm import LDM
 from psvae.hub.keymaps.own import AUTOENCODER_PIXEL_VAE
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian, LatentSpec
-from psvae.shapes import Images, Latents, check_map
+from psvae.shapes import Images, Latents, check_dtype, check_map
 
 __all__ = ["PixelVAE", "PixelVAEConfig"]
 
@@ -70,6 +71,8 @@ class PixelVAEConfig(Config):
         stride = self.encoder.stride
         fits = self.sample_size >= stride and self.sample_size % stride == 0
         self.require(fits, "sample_size", f"a multiple of the stride {stride}")
+        self.require(self.scaling_factor != 0, "scaling_factor", "a number that callers can divide by")
+        self.require(min(self.statistics_grid or (1,)) >= 1, "statistics_grid", "None or two numbers of at least 1")
 
     @classmethod
     def ldm(
@@ -176,9 +179,9 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
             return_dict: `PixelVAEOutput`, or the 1-tuple ``(sample,)``.
 
         Raises:
-            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images, or halves for float32 weights.
         """
-        parameters = self.quant_conv(self.encoder(sample))
+        parameters = self._moments(sample)
         posterior = DiagonalGaussian(parameters)
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         image = self.decoder(self.post_quant_conv(latents))
@@ -188,11 +191,11 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         """Images ``B C H W`` in [-1, 1] → ``.latent_dist`` over raw latents ``B Z h w``.
 
         Raises:
-            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images, or halves for float32 weights.
         """
         check_map(images, self.config.in_channels, "images")  # the rest is for the encoder to check, once
         slices = images.split(1) if self.use_slicing else [images]
-        posterior = DiagonalGaussian(torch.cat([self.quant_conv(self.encoder(part)) for part in slices]))
+        posterior = DiagonalGaussian(torch.cat([self._encode_tiles(self._moments, part) for part in slices]))
         return EncoderOutput(posterior) if return_dict else (posterior,)
 
     def decode(
@@ -204,17 +207,16 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
             generator: accepted because SD-style callers pass it; decoding is deterministic.
 
         Raises:
-            ShapeError: wrong rank or channel count. DtypeError: integer latents.
+            ShapeError: wrong rank or channel count. DtypeError: integer latents, or halves for float32 weights.
         """
         check_map(latents, self.config.latent_channels, "latents")
+        check_dtype(latents, self.post_quant_conv, "latents")  # without one, the decoder checks
         slices = latents.split(1) if self.use_slicing else [latents]
-        image = torch.cat([self._paint(self.post_quant_conv(part)) for part in slices])
+        image = torch.cat([self._decode_tiles(self.decoder, self.post_quant_conv(part)) for part in slices])
         return DecoderOutput(image) if return_dict else (image,)
 
-    def _paint(self, latents: Latents) -> Images:
-        if self.use_tiling and self.tiling is not None:
-            return decode_tiled(self.decoder, latents, self.config.spatial_compression_ratio, self.tiling)
-        return self.decoder(latents)
+    def _moments(self, images: Images) -> Tensor:
+        return self.quant_conv(self.encoder(images))
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training, in both halves."""
@@ -234,14 +236,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
         Raises:
             CheckpointError: the statistics are per element, or the folder cannot be written.
         """
-        config, spec = self.config, self.latent_spec
-        if (spec.mean != 0).any() or (spec.std != 1).any():
-            if spec.grid is not None:
-                raise CheckpointError(
-                    f"AutoencoderKL cannot hold statistics per element (grid {spec.grid}); wanted none"
-                )
-            mean, std = _decimals(config.latents_mean, spec.mean), _decimals(config.latents_std, spec.std)
-            config = config.replace(latents_mean=mean, latents_std=std)
+        config = self._config_with_statistics("AutoencoderKL")
         export(
             self, AUTOENCODER_KL, folder, config=config, stem="diffusion_pytorch_model", max_shard_size=max_shard_size
         )
@@ -249,12 +244,49 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
     def export_ldm(self, folder: str | os.PathLike[str]) -> None:
         """Write LDM's names as ``model.safetensors``, and its ``ddconfig`` as ``config.json``.
 
+        Neither has a place for what callers apply to latents: scaling, shift and statistics.
+
         Raises:
-            CheckpointError: the model has statistics, which that layout cannot hold, or the folder cannot be written.
+            ConfigError: the norms are not those of LDM's code, which would compute something else.
+            CheckpointError: the statistics are per element, which nobody could pass when loading, or the folder
+                cannot be written.
+
+        Warns:
+            CheckpointWarning: the file cannot carry some constants; their values, and how to pass them.
         """
-        if (self.latent_spec.mean != 0).any() or (self.latent_spec.std != 1).any():
-            raise CheckpointError("LDM's layout cannot hold latent statistics; keep psvae's own with save_pretrained")
+        for half in ("encoder", "decoder"):
+            for name, theirs in (("norm_groups", 32), ("norm_eps", 1e-6)):
+                ours = getattr(getattr(self.config, half), name)
+                if ours != theirs:
+                    raise ConfigError(
+                        f"{half}.{name} is {ours}; LDM's code has {theirs} and its files have no place for another, so "
+                        "other readers would compute something else: use save_pretrained or export_diffusers"
+                    )
+        config = self._config_with_statistics("LDM's layout")
+        read = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+        lost = {name: value for name, default in read.items() if (value := getattr(config, name) or default) != default}
         export(self, LDM, folder)
+        if lost:
+            passed = ", ".join(f"{name}={value!r}" for name, value in lost.items())
+            warnings.warn(
+                f"LDM's layout has no place for {', '.join(lost)}: {folder} holds the weights alone. Pass what it "
+                f"lacks when loading, PixelVAE.from_pretrained({str(folder)!r}, {passed}), and tell other readers",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+
+    def _config_with_statistics(self, layout: str) -> PixelVAEConfig:
+        """The configuration with those of `LatentSpec` as ``latents_mean`` and ``latents_std``."""
+        config, spec = self.config, self.latent_spec
+        if (spec.mean == 0).all() and (spec.std == 1).all():
+            return config
+        if spec.grid is not None:
+            raise CheckpointError(
+                f"{layout} cannot hold statistics per element (grid {spec.grid}); wanted none: keep psvae's own with "
+                "save_pretrained"
+            )
+        mean, std = _decimals(config.latents_mean, spec.mean), _decimals(config.latents_std, spec.std)
+        return config.replace(latents_mean=mean, latents_std=std)
 
     def extra_repr(self) -> str:
         return f"Z={self.config.latent_channels}, stride={self.config.spatial_compression_ratio}"

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from psvae.autoencoders.face import AutoencoderFace
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PSVAEOutput
 from psvae.config import Config
-from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig, decode_tiled
+from psvae.decoders import PixelDecoder, PixelDecoderConfig, ViTPixelDecoder, ViTPixelDecoderConfig
 from psvae.encoders import SemanticEncoder, SemanticEncoderConfig
 from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.keymaps.own import AUTOENCODER_PSVAE
@@ -218,6 +218,9 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
         latent_noise: float = 0.0,
         allow_pickle: bool = False,
         revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
         **fields: Any,
     ) -> Self:
         """RAE (arXiv 2510.11690) from the files of its own repository. diffusers' AutoencoderRAE folders need no more
@@ -231,13 +234,16 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
             statistics: such as ``"stats/dinov2/wReg_base/imagenet1k/stat.pt"``; None leaves latents as they are.
             latent_noise: RAE's τ for further training of the decoder; see `PSVAEConfig`.
             allow_pickle: both published files are pickles.
+            revision, local_files_only, token, cache_dir: as in `from_pretrained`.
             **fields: of `ViTPixelDecoderConfig`, over those that the file tells.
 
         Raises:
             CheckpointError: a file is absent, unreadable, or does not fit.
             ConfigError: the decoder takes another width or grid than encoder and statistics have.
         """
-        source = Source(folder_or_id, "", revision=revision)
+        source = Source(
+            folder_or_id, "", revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir
+        )
         files = [None if name is None else source.find(name) for name in (decoder, statistics)]
         for name, file in zip((decoder, statistics), files, strict=True):
             if name is not None and file is None:
@@ -342,9 +348,7 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
     def _paint(self, raw: Latents) -> Images:
         reads_features = self.vae is not None and self.config.decoder_reads == "features"
         source = self.vae.decoder(raw) if self.vae is not None and reads_features else raw
-        if self.use_tiling and self.tiling is not None:
-            return decode_tiled(self.decoder, source, self.config.encoder.stride, self.tiling)
-        return self.decoder(source)
+        return self._decode_tiles(self.decoder, source)
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory in training, in all three modules."""

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from psvae.config import Config
 from psvae.hub.mixin import HubMixin
 from psvae.nn.conv import MiddleBlock, ResidualBlock, SpatialAttention, Upsample, silu
-from psvae.shapes import Images, Latents, check_map
+from psvae.shapes import Images, Latents, check_dtype, check_map
 
 __all__ = ["PixelDecoder", "PixelDecoderConfig"]
 
@@ -98,9 +98,10 @@ class PixelDecoder(nn.Module, HubMixin):
         """Decode raw latents.
 
         Raises:
-            ShapeError: wrong rank or channel count. DtypeError: integer latents.
+            ShapeError: wrong rank or channel count. DtypeError: integer latents, or halves for float32 weights.
         """
         check_map(latents, self.config.latent_channels, "latents")
+        check_dtype(latents, self.conv_in, "latents")
         x = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         x = self.middle(x)
         for level in self.levels:

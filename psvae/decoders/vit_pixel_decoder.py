@@ -16,7 +16,7 @@ from psvae.hub.keymaps.rae import RAE_DECODER
 from psvae.hub.mixin import HubMixin
 from psvae.nn.positions import sincos_positions
 from psvae.nn.transformer import TransformerBlock, init_linear
-from psvae.shapes import Images, Latents, check_map
+from psvae.shapes import Images, Latents, check_dtype, check_map
 
 __all__ = ["ViTPixelDecoder", "ViTPixelDecoderConfig"]
 
@@ -122,9 +122,11 @@ class ViTPixelDecoder(nn.Module, HubMixin):
         """Decode raw latents.
 
         Raises:
-            ShapeError: wrong rank, channel count or grid. DtypeError: integer latents.
+            ShapeError: wrong rank, channel count or grid. DtypeError: integer latents, or halves for float32
+                weights.
         """
         check_map(latents, self.config.latent_channels, "latents")
+        check_dtype(latents, self.embed, "latents")
         grid = tuple(latents.shape[-2:])
         if grid != self.config.grid:
             raise ShapeError(

@@ -37,7 +37,10 @@ def timm_export(encoder: Any) -> tuple[Config, dict[str, Tensor]]:
     model_args, eps = fitting_arguments(name, model_args, {key.removeprefix("vit."): t for key, t in state.items()})
     _warn_of_positions("timm", config, vit, TIMM_POSITIONS)
     if eps != vit.blocks[0].norm1.eps:
-        _log.warning("timm's %s has norms of eps %g, this encoder of %g", name, eps, vit.blocks[0].norm1.eps)
+        _log.warning(
+            "timm's %s adds %g to the variance inside its norms, this encoder %g (norm_eps): features of the exported "
+            "model will differ a little", name, eps, vit.blocks[0].norm1.eps,
+        )  # fmt: skip
     return config.replace(name=name, model_args=model_args), state
 
 
@@ -83,10 +86,18 @@ def _with_affine_norm(encoder: Any) -> dict[str, Tensor]:
 def _warn_of_positions(library: str, config: Any, vit: Any, theirs: tuple[str, bool, float]) -> None:
     ours = (config.position_mode, config.position_antialias, config.position_offset)
     if vit.pos_embed is not None and ours != theirs:
+        height, width = vit.patch_embed.img_size
         _log.warning(
-            "%s resizes this position table with mode, antialias, offset %s, this encoder with %s: features are equal "
-            "at the table's own grid %s alone", library, theirs, ours, tuple(vit.patch_embed.grid_size),
+            "%s stretches the position embeddings to other image sizes in another way (%s) than this encoder (%s): for "
+            "inputs of %d x %d pixels its features equal this encoder's, for other sizes they differ a little",
+            library, _in_words(theirs), _in_words(ours), height, width,
         )  # fmt: skip
+
+
+def _in_words(positions: tuple[str, bool, float]) -> str:
+    mode, antialias, offset = positions
+    shifted = f", grid enlarged by {offset:g}" if offset else ""
+    return f"{mode}, {'with' if antialias else 'without'} antialiasing{shifted}"
 
 
 def _family(encoder: Any) -> str | None:
@@ -94,7 +105,7 @@ def _family(encoder: Any) -> str | None:
     vit, config = encoder.vit, encoder.config
     if type(vit).__name__ == "Eva":
         rotary = type(getattr(vit, "rope", None)).__name__ == "RotaryEmbeddingDinoV3"
-        whole = vit.cls_token is not None and vit.reg_token is not None and hasattr(vit.blocks[0], "gamma_1")
+        whole = vit.cls_token is not None and hasattr(vit.blocks[0], "gamma_1")
         return "dinov3_vit" if rotary and whole and vit.pos_embed is None else None
     height, width = vit.patch_embed.grid_size
     if vit.pos_embed is None or height != width:
@@ -130,7 +141,8 @@ def _describe(vit: Any, gated: bool) -> dict[str, Any]:
         "qkv_bias": block.attn.q_bias is not None if eva else block.attn.qkv.bias is not None,
     }
     if eva:
-        arguments |= {"num_reg_tokens": vit.reg_token.shape[1], "rope_temperature": vit.rope.temperature}
+        registers = 0 if vit.reg_token is None else vit.reg_token.shape[1]
+        arguments |= {"num_reg_tokens": registers, "rope_temperature": vit.rope.temperature}
         return arguments | ({"swiglu_mlp": True, "swiglu_align_to": 1} if gated else {})
     arguments |= {"img_size": vit.patch_embed.img_size[0], "act_layer": _activation(block.mlp.act)}
     return arguments | ({"reg_tokens": vit.reg_token.shape[1]} if vit.reg_token is not None else {})

@@ -101,6 +101,7 @@ def build_vit(
         )
     elif final_norm == "plain":
         vit.norm = nn.LayerNorm(vit.embed_dim, eps=vit.norm.eps, elementwise_affine=False)
+    vit.forward = vit.forward_intermediates  # called with (), so that the hooks of offloading bring its own parameters
     return vit
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from psvae.config import Config
 from psvae.hub.mixin import HubMixin
 from psvae.nn.conv import Downsample, MiddleBlock, ResidualBlock, SpatialAttention, silu
-from psvae.shapes import Images, check_images
+from psvae.shapes import Images, check_dtype, check_images
 
 __all__ = ["PixelEncoder", "PixelEncoderConfig"]
 
@@ -93,9 +93,10 @@ class PixelEncoder(nn.Module, HubMixin):
         """Encode images.
 
         Raises:
-            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
+            ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images, or halves for float32 weights.
         """
         check_images(images, self.config.stride, self.config.in_channels)
+        check_dtype(images, self.conv_in, "images")
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for level in self.levels:
             x = level(x, self.gradient_checkpointing and torch.is_grad_enabled())

@@ -24,6 +24,8 @@ from psvae.shapes import Features, Images, check_images
 __all__ = ["EncoderTokens", "SemanticEncoder", "SemanticEncoderConfig"]
 
 RGB = tuple[float, float, float]
+# arguments of timm.create_model that are no part of an architecture: a config.json must not choose files to read
+LOADING = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -69,6 +71,12 @@ class SemanticEncoderConfig(Config):
         self.require(min(self.std) > 0, "std", "three positive numbers")
         self.require(0 <= self.position_offset < 1, "position_offset", "0 up to but not including 1")
         self.require(self.norm_eps is None or self.norm_eps > 0, "norm_eps", "a positive number or None")
+        loading = sorted(set(self.model_args) & set(LOADING))
+        if loading:
+            raise ConfigError(
+                f"SemanticEncoderConfig.model_args has {loading[0]!r}, which tells timm what to load; wanted arguments "
+                "of the architecture alone: weights come by from_pretrained and from_timm"
+            )
         try:
             json.dumps(self.model_args, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -156,7 +164,7 @@ class SemanticEncoder(nn.Module, HubMixin):
         height, width = images.shape[-2] // stride, images.shape[-1] // stride
         pixels = self._preprocess(images, (patch * height, patch * width))
         has_prefix = self.vit.num_prefix_tokens > 0  # SigLIP has patch tokens alone, and timm then gives no pair
-        [found] = self.vit.forward_intermediates(
+        [found] = self.vit(
             pixels,
             indices=1,  # the last block: those after config.layer were not built
             output_fmt="NLC",

@@ -57,6 +57,7 @@ class Format:
         ignored: beginnings of their names that are known and not needed: losses, heads. A function of our
             configuration and their header where the configuration decides: blocks after the last one kept.
         write_config: our configuration as a dict → theirs; None where nothing writes this layout.
+        remark: what people should know of the file with these names, beside the layout's name.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Format:
     rules: Callable[[Sequence[str], Json, Header], dict[str, Rule]]
     ignored: tuple[str, ...] | Callable[[Json, Header], tuple[str, ...]] = ()
     write_config: Callable[[Json], dict[str, Any]] | None = None
+    remark: Callable[[Header], str] = lambda header: ""
 
     def needed(self, rules: Mapping[str, Rule]) -> list[str]:
         """Their names that the rules read, once each."""

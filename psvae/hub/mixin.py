@@ -6,21 +6,21 @@ A folder holds ``config.json``, ``model.safetensors`` (or shards with an index) 
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 import torch
 
 from psvae.config import Config
-from psvae.errors import CheckpointError
+from psvae.errors import CheckpointError, ConfigError, PSVAEError
 from psvae.hub.cards import model_card
 from psvae.hub.formats import Format, same
 from psvae.hub.reading import Checkpoint
-from psvae.hub.source import CONFIG, Source
+from psvae.hub.source import CONFIG, LISTED, Source
 from psvae.hub.writing import WEIGHT_PATTERNS, write_checkpoint
 
-__all__ = ["HubMixin", "recognise"]
+__all__ = ["HubMixin", "build_empty", "recognise"]
 
 _log = logging.getLogger("psvae")
 
@@ -72,6 +72,10 @@ class HubMixin:
                 mis-shaped keys, all listed.
             ConfigError: ``config.json`` has an unknown or invalid field.
         """
+        if "torch_dtype" in fields:
+            raise ConfigError(
+                "torch_dtype came; the argument is called dtype here, as in transformers since 4.56: use dtype="
+            )
         source = Source(
             repo_or_folder, subfolder, revision=revision, local_files_only=local_files_only, token=token,
             cache_dir=cache_dir,
@@ -80,8 +84,7 @@ class HubMixin:
         layout = recognise(cls, checkpoint)
         values = checkpoint.own_config() if layout is None else layout.read_config(checkpoint.config, checkpoint.header)
         config = cls.config_class.from_dict({**values, **fields})
-        with torch.device("meta"):
-            model = cast(Any, cls)(config)
+        model = build_empty(cls, config, checkpoint)
         expected = model.state_dict()
         if layout is None:
             rules, ignored = same(list(expected)), ()
@@ -89,7 +92,11 @@ class HubMixin:
             ours, header = config.to_dict(), checkpoint.header
             rules, ignored = layout.rules(list(expected), ours, header), layout.unneeded(ours, header)
             left_out = layout.left_out(header, rules, ours)
-            _log.info("%s is a checkpoint of %s; not needed: %s", source, layout.name, left_out or "nothing")
+            more = f" and {len(left_out) - LISTED} more" if len(left_out) > LISTED else ""
+            _log.info(
+                "%s is a checkpoint of %s%s; not needed: %s%s",
+                source, layout.name, layout.remark(header), left_out[:LISTED] or "nothing", more,
+            )  # fmt: skip
         weights = checkpoint.read(expected, rules, ignored=ignored, dtype=dtype, device=device)
         model.load_state_dict(weights, strict=True, assign=True)
         for module in model.modules():
@@ -160,6 +167,36 @@ class HubMixin:
                 delete_patterns=WEIGHT_PATTERNS,  # an older single file would be read before new shards
             )
         return str(commit)
+
+
+def build_empty(cls: type[HubMixin], config: Config, checkpoint: Checkpoint) -> Any:
+    """The module without weights, on the meta device, if the checkpoint can hold as many layers.
+
+    Raises:
+        ConfigError: a module of more layers than there are tensors, or of tensors that no memory can hold.
+    """
+    for name, value in _layer_counts(config.to_dict()):
+        if not isinstance(value, int) or value > len(checkpoint.header):  # building them would take for ever
+            raise ConfigError(
+                f"the configuration of {checkpoint.source} has {name} {value!r}; wanted a number of layers, and the "
+                f"weights have {len(checkpoint.header)} tensors in all"
+            )
+    try:
+        with torch.device("meta"):
+            return cast(Any, cls)(config)
+    except PSVAEError:
+        raise
+    except RuntimeError as error:  # even a tensor without memory has a largest size
+        raise ConfigError(f"the configuration of {checkpoint.source} cannot be built: {error}") from error
+
+
+def _layer_counts(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """What a configuration says of how many layers are built, at any depth of nesting."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _layer_counts(value, f"{where}{name}.")
+        elif name in ("depth", "num_res_blocks"):
+            yield where + name, value
 
 
 def recognise(cls: type[HubMixin], checkpoint: Checkpoint) -> Format | None:

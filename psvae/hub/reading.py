@@ -3,9 +3,11 @@
 import contextlib
 import functools
 import json
+import logging
 import pickle
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,12 +19,26 @@ from psvae.errors import CheckpointError
 from psvae.hub.formats import Header, Rule
 from psvae.hub.source import CONFIG, LISTED, Source
 
-__all__ = ["INDEX", "WEIGHTS", "Checkpoint", "read_pickle"]
+__all__ = ["INDEX", "PROCESSOR", "WEIGHTS", "Checkpoint", "read_pickle"]
 
+_log = logging.getLogger("psvae")
+
+PROCESSOR = "preprocessor_config"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # psvae, timm and transformers; diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-WRAPPERS = ("state_dict", "ema", "model")  # under which training scripts put the weights, the average first
+VARIANT = re.compile(
+    rf"(?:pytorch_model|{'|'.join(STEMS)})(?:-\d+-of-\d+)?\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+OTHER_KINDS = {  # endings of what lies beside weights
+    **dict.fromkeys((".json", ".yaml", ".yml", ".toml"), "a configuration"),
+    **dict.fromkeys((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"), "a picture"),
+    **dict.fromkeys((".csv", ".log", ".md", ".py", ".txt"), "text"),
+    **dict.fromkeys((".gz", ".tar", ".tgz", ".zip"), "an archive, to be unpacked first"),
+    **dict.fromkeys((".h5", ".msgpack", ".npy", ".npz", ".onnx", ".gguf"), "in another framework's format"),
+}
+# Under which training scripts put the weights, the moving average first: it is what they sample with.
+WRAPPERS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module")
 PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
 
 
@@ -34,7 +50,8 @@ class Checkpoint:
         variant: such as ``"fp16"`` in ``diffusion_pytorch_model.fp16.safetensors``.
 
     Attributes:
-        config: the content of ``config.json``, or None where there is none.
+        config: the content of ``config.json``, or None where there is none. transformers' also has that of
+            ``preprocessor_config.json``, or None, as `PROCESSOR`.
         files: where the tensors are, once `header` is read.
 
     Raises:
@@ -43,7 +60,11 @@ class Checkpoint:
 
     def __init__(self, source: Source, *, file: str | None, variant: str | None, allow_pickle: bool) -> None:
         self.source, self.file, self.variant, self.allow_pickle = source, file or source.file, variant, allow_pickle
-        self.config = _read_json(source)
+        if self.file is not None:
+            _refuse_other_kinds(PurePath(self.file), source)
+        self.config = _read_json(source, CONFIG)
+        if self.config is not None and "model_type" in self.config:  # transformers': the colours are in another file
+            self.config[PROCESSOR] = _read_json(source, f"{PROCESSOR}.json")
         self.files: list[Path] = []
         self._names: dict[str, tuple[Path, str]] = {}  # cleaned name → (file, name in it)
         self._pickled: dict[str, Tensor] | None = None
@@ -59,7 +80,7 @@ class Checkpoint:
         if self.files and self.files[0].suffix == ".safetensors":
             shapes = {(path, key): shape for path in self.files for key, shape in _header(path).items()}
         else:
-            path = self.files[0] if self.files else _find_pickle(self.source)
+            path = self.files[0] if self.files else _find_pickle(self.source, self.variant)
             self.files = [path]
             self._pickled = _read_state_dict(path, self.allow_pickle)
             shapes = {(path, key): tuple(tensor.shape) for key, tensor in self._pickled.items()}
@@ -96,10 +117,18 @@ class Checkpoint:
                 path, key = self._names[name]
                 return handles[path].get_tensor(key) if self._pickled is None else self._pickled[key]
 
-            weights = {}
+            weights, storages = {}, set()
             for key, rule in rules.items():
                 tensor = rule.load(*map(fetch, rule.theirs))
-                weights[key] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                if expected[key].is_floating_point() and not tensor.is_floating_point():
+                    raise CheckpointError(
+                        f"{' + '.join(rule.theirs)} of {self.source} holds {tensor.dtype}; wanted floating point: "
+                        "quantised weights are not read"
+                    )
+                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+                storage = tensor.untyped_storage().data_ptr()
+                weights[key] = tensor.clone() if storage in storages else tensor  # tied in a pickle, not in the model
+                storages.add(storage)
         return weights
 
     def _find(self) -> list[Path]:
@@ -118,8 +147,6 @@ class Checkpoint:
             index = next((found for found in map(self.source.find, dict.fromkeys(names)) if found), None)
             if index is not None:
                 return self._shards(index)
-        if self.variant:
-            raise CheckpointError(f"{self.source} has no weights of variant {self.variant!r}; {self.source.listing()}")
         return []
 
     def _shards(self, index: Path) -> list[Path]:
@@ -149,7 +176,8 @@ class Checkpoint:
                 continue
             found, wanted = [self.header[name] for name in rule.theirs], tuple(expected[key].shape)
             try:
-                got = tuple(rule.load(*(torch.empty(shape, device="meta") for shape in found)).shape)
+                with torch.device("meta"):  # also where the rule makes the tensor of nothing
+                    got = tuple(rule.load(*(torch.empty(shape) for shape in found)).shape)
             except (RuntimeError, IndexError, ValueError):
                 got = None
             if got != wanted:
@@ -166,8 +194,8 @@ class Checkpoint:
             )
 
 
-def _read_json(source: Source) -> dict[str, Any] | None:
-    path = source.find(CONFIG)
+def _read_json(source: Source, name: str) -> dict[str, Any] | None:
+    path = source.find(name)
     if path is None:
         return None
     try:
@@ -175,7 +203,9 @@ def _read_json(source: Source) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); save or download it again") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} has no '_class': it was not written by psvae's save_pretrained")
+        raise CheckpointError(
+            f"{path} holds no dictionary and has no '_class': it was not written by psvae's save_pretrained"
+        )
     return values
 
 
@@ -201,22 +231,55 @@ def _clean_names(names: Sequence[str]) -> dict[str, str]:
     return clean
 
 
-def _find_pickle(source: Source) -> Path:
-    candidates = [f"{stem}{ending}" for stem in ("pytorch_model", *STEMS) for ending in PICKLES]
+def _find_pickle(source: Source, variant: str | None) -> Path:
+    middle = f".{variant}" if variant else ""
+    candidates = [f"{stem}{middle}{ending}" for stem in ("pytorch_model", *STEMS) for ending in PICKLES]
     path = next((found for found in map(source.find, candidates) if found), None)
+    if path is None and source.find("model_index.json") is not None:
+        raise CheckpointError(
+            f"{source} holds a pipeline, which is many models; pass subfolder='vae' or another of them"
+        )
     if path is None:
-        raise CheckpointError(f"{source} has no {WEIGHTS} (nor {INDEX} with shards); {source.listing()}")
+        what = f"weights of variant {variant!r}" if variant else f"{WEIGHTS} (nor {INDEX} with shards)"
+        raise CheckpointError(f"{source} has no {what}; {_other_variants(source)}{source.listing()}")
     return path
+
+
+def _other_variants(source: Source) -> str:
+    """How to ask for the weights that are there under another name, if any."""
+    if source.folder is None:
+        return "files such as model.fp16.safetensors are read with variant='fp16'; "
+    names = [path.name for path in (source.folder / source.subfolder).glob("*")]
+    found = sorted({match[1] for match in map(VARIANT.fullmatch, names) if match})
+    return f"pass {' or '.join(f'variant={name!r}' for name in found)}: " if found else ""
+
+
+def _refuse_other_kinds(path: PurePath, shown: Any) -> None:
+    kind = OTHER_KINDS.get(path.suffix.lower())
+    if kind is not None:
+        hint = ": pass its folder" if path.suffix == ".json" else ""
+        raise CheckpointError(
+            f"{shown} is {kind}, no weights{hint}; wanted a folder, a .safetensors file, or a {', '.join(PICKLES)}"
+        )
 
 
 def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
     content = read_pickle(path, allowed)
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    plain = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if not plain:
-        raise CheckpointError(f"{path} does not hold a plain state dict of tensors")
+    while isinstance(content, dict) and (found := [name for name in WRAPPERS if isinstance(content.get(name), dict)]):
+        if len(found) > 1:
+            _log.warning("%s holds %s: %r is read", path, " and ".join(map(repr, found)), found[0])
+        content = content[found[0]]
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} does not hold a plain state dict of tensors: it is a {type(content).__name__}; wanted a dict"
+        )
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            what = f"a tensor of {value.layout}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise CheckpointError(
+                f"{path} does not hold a plain state dict of tensors: {name!r} is {what}; wanted tensors alone, or "
+                f"a dict of them under {' or '.join(map(repr, WRAPPERS))}"
+            )
     return content
 
 
@@ -226,6 +289,12 @@ def read_pickle(path: Path, allowed: bool) -> Any:
     Raises:
         CheckpointError: not allowed, damaged, or holding code.
     """
+    _refuse_other_kinds(path, path)
+    if path.suffix.lower() not in PICKLES:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start[:1] != b"\x80" and start != b"PK":  # a pickle's own mark, or a zip's, in which torch puts it
+            raise CheckpointError(f"{path} is no weights file; wanted a .safetensors file, or a {', '.join(PICKLES)}")
     if not allowed:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when read; wanted safetensors. If you trust its author, pass "

@@ -44,7 +44,7 @@ class Source:
         if self.folder is not None:
             path = self.folder / self.subfolder / filename
             return path if path.is_file() else None
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
         where = f"revision {self.hub_options['revision'] or 'main'!r} of {self.name!r}"
         try:
@@ -52,6 +52,10 @@ class Source:
         except errors.LocalEntryNotFoundError as error:
             if filename != CONFIG:
                 return None  # absent from a cached snapshot whose config was found
+            places = {name: self.hub_options.get(name) for name in ("cache_dir", "revision")}
+            nested = "/".join(part for part in (self.subfolder, filename) if part)
+            if try_to_load_from_cache(self.name, nested, **places) is not None:
+                return None  # the cache remembers that the repository has none, as those of LDM files
             raise CheckpointError(
                 f"{filename} of {where} is not in the local cache and the Hub cannot be reached: go online once, "
                 "or pass a local folder"
@@ -72,7 +76,7 @@ class Source:
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             raise CheckpointError(f"{filename} of {where} could not be fetched: {error}") from error
         # the rest comes from the same commit, even if the branch moves meanwhile
-        self.hub_options["revision"] = path.parents[len(Path(self.subfolder).parts)].name
+        self.hub_options["revision"] = path.parents[len(Path(self.subfolder, filename).parts) - 1].name
         return path
 
     def listing(self) -> str:

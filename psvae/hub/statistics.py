@@ -88,6 +88,8 @@ def read_statistics(
     elif layout == "REPA-E":
         std = 1.0 / std
     mean = torch.zeros_like(std) if mean is None else _as_map(path, mean)
+    if not std.isfinite().all():
+        raise CheckpointError(f"{path} holds a spread so small or large that it overflows; wanted numbers near 1")
     if mean.shape != std.shape or not mean.isfinite().all():
         raise CheckpointError(
             f"{path} holds a mean of shape {tuple(mean.shape)} and a spread of {tuple(std.shape)}; wanted "
@@ -113,6 +115,8 @@ def _as_map(path: Path, values: Any) -> Tensor:
     if not isinstance(values, Tensor):
         raise CheckpointError(f"{path} holds a {type(values).__name__} where a tensor was wanted")
     shape = tuple(values.shape)
+    if not values.is_floating_point():
+        raise CheckpointError(f"{path} holds statistics of {values.dtype}; wanted floating point")
     values = values.float()
     if values.ndim == 4 and shape[0] == 1:
         values = values[0]

@@ -35,6 +35,8 @@ _READ_BY_CALLERS = (
     "force_upcast",
 )  # fmt: skip
 
+_PLACE = ("subfolder", "revision", "token", "cache_dir", "local_files_only")  # where to look, as the core names it
+
 
 class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     """What both classes share: a core whose children are this module's children.
@@ -50,7 +52,7 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     core_class: ClassVar[Any]
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("Block", "TransformerBlock", "ResidualBlock", "SpatialAttention")
+    _no_split_modules = ("Block", "EvaBlock", "TransformerBlock", "ResidualBlock", "SpatialAttention")
     _core: Any
 
     @register_to_config
@@ -79,18 +81,17 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 raise ConfigError(
                     f"{name} is {value!r}; by the core's configuration it is {true[name]!r}: leave it out"
                 )
-        self.register_to_config(core=config.to_dict(), **true)
+        self.register_to_config(core=config.to_dict(), _use_default_values=list(true), **true)
         self._adopt(self.core_class(config))
 
     def _adopt(self, core: Any) -> None:
-        for name, child in core.named_children():
-            self.add_module(name, child)
         object.__setattr__(self, "_core", core)  # not a child: its keys would come twice
+        self._modules = core._modules  # one dict: a child that is replaced in either is replaced in both
 
     @classmethod
     def _around(cls, core: Any) -> Self:
         with torch.device("meta"):
-            model = cls(core.config.to_dict())
+            model = cls(core=core.config.to_dict())
         model._adopt(core)
         return model.train(core.training)
 
@@ -98,11 +99,24 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As every diffusers model, and strict: diffusers alone leaves missing weights empty and says nothing.
 
+        Folders that are not of this class are read as the core reads them: psvae's own, and those of other projects,
+        such as ``AutoencoderKL``'s. From those, ``subfolder``, ``revision``, ``variant``, ``torch_dtype`` and the
+        options of the Hub are taken.
+
         Raises:
-            CheckpointError: weights are missing or unexpected, all listed.
+            CheckpointError: of another model, or weights are missing, unexpected or mis-shaped, all listed.
         """
+        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+        kind = cls.load_config(pretrained_model_name_or_path, **place).get("_class_name")  # type: ignore[union-attr]
+        if kind != cls.__name__:
+            return cls._from_core_format(pretrained_model_name_or_path, place, kwargs)
         wants_report = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        try:
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except ConfigError:
+            raise
+        except ValueError as error:  # diffusers' word for a mis-shaped tensor, without the name of the folder
+            raise CheckpointError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
         model, report = loaded
         faults = {kind: keys for kind, keys in report.items() if keys}
         if faults:
@@ -111,6 +125,16 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"the weights of {pretrained_model_name_or_path} do not fit its configuration. {said}"
             )
         return (model, report) if wants_report else model
+
+    @classmethod
+    def _from_core_format(cls, name: Any, place: dict[str, Any], options: dict[str, Any]) -> Self:
+        if options.get("device_map") is not None or options.get("output_loading_info"):
+            raise CheckpointError(
+                f"{name} was not saved by {cls.__name__}: device_map and output_loading_info do not apply; load it "
+                "without them, and save_pretrained it where they are needed"
+            )
+        dtype = options.get("torch_dtype") or options.get("dtype") or torch.float32
+        return cls._around(cls.core_class.from_pretrained(name, variant=options.get("variant"), dtype=dtype, **place))
 
     @apply_forward_hook
     def encode(self, x: Images, return_dict: bool = True) -> AutoencoderKLOutput | tuple[Any]:
@@ -133,19 +157,40 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: Generator | list[Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        self._core.training = self.training  # the core is no child: train() does not reach it
-        (image,) = self._core(sample, sample_posterior, False, generator)
+        """Image to image: ``B C H W`` in [-1, 1] → ``.sample``, the same shape.
+
+        Slices and tiles where they are enabled, but not in training.
+        """
+        if self.training or not (self.use_slicing or self.use_tiling):
+            (image,) = self._core(sample, sample_posterior, False, generator)
+        else:
+            posterior = self._core.encode(sample).latent_dist
+            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+            (image,) = self._core.decode(latents, return_dict=False)
         return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, the core's too: it is no child."""
+        self._core.training = mode
+        return super().train(mode)
 
     @property
     def use_slicing(self) -> bool:
         """Whether batches run one item at a time."""
         return self._core.use_slicing
 
+    @use_slicing.setter
+    def use_slicing(self, value: bool) -> None:
+        self._core.use_slicing = value
+
     @property
     def use_tiling(self) -> bool:
-        """Whether large images are decoded tile by tile."""
+        """Whether large images are run tile by tile."""
         return self._core.use_tiling
+
+    @use_tiling.setter
+    def use_tiling(self, value: bool) -> None:
+        self._core.use_tiling = value
 
     def enable_slicing(self) -> None:
         """Encode and decode a batch one item at a time."""
@@ -162,7 +207,7 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         tile_sample_stride_height: int | None = None,
         tile_sample_stride_width: int | None = None,
     ) -> None:
-        """Decode large images tile by tile: sizes and steps in pixels, as the core's ``enable_tiling``."""
+        """Run large images tile by tile: sizes and steps in pixels, as the core's ``enable_tiling``."""
         self._core.enable_tiling(
             tile_sample_min_height, tile_sample_min_width, tile_sample_stride_height, tile_sample_stride_width
         )

@@ -17,7 +17,7 @@ from psvae.errors import ConfigError
 from psvae.hub.mixin import HubMixin
 from psvae.latents import DiagonalGaussian
 from psvae.nn.transformer import Activation, Mlp, TransformerBlock, init_linear
-from psvae.shapes import Features, Latents, Tokens, check_map
+from psvae.shapes import Features, Latents, Tokens, check_dtype, check_map
 
 __all__ = ["SemanticVAE", "SemanticVAEConfig"]
 
@@ -86,7 +86,7 @@ class SemanticVAE(nn.Module, HubMixin):
         """Features ``B D h w`` → the posterior over latents ``B Z h w``.
 
         Raises:
-            ShapeError: wrong rank or feature width. DtypeError: integer features.
+            ShapeError: wrong rank or feature width. DtypeError: integer features, or halves for float32 weights.
         """
         check_map(features, self.config.feature_dim, "features")
         return DiagonalGaussian(self.encoder(features))
@@ -95,7 +95,7 @@ class SemanticVAE(nn.Module, HubMixin):
         """Raw latents ``B Z h w`` → rebuilt features ``B D h w`` (f″ of the paper).
 
         Raises:
-            ShapeError: wrong rank or channel count. DtypeError: integer latents.
+            ShapeError: wrong rank or channel count. DtypeError: integer latents, or halves for float32 weights.
         """
         check_map(latents, self.config.latent_channels, "latents")
         return self.decoder(latents)
@@ -156,6 +156,7 @@ class SemanticDownProjection(nn.Module):
         nn.init.constant_(self.project.fc2.bias[channels:], config.initial_logvar)
 
     def forward(self, features: Features) -> Float[Tensor, "B ZZ h w"]:
+        check_dtype(features, self.project.fc1, "features")
         tokens = rearrange(features, "B D h w -> B (h w) D")
         tokens = _run(self, tokens)
         parameters = self.project(self.norm(tokens))
@@ -175,6 +176,7 @@ class SemanticUpProjection(nn.Module):
         self.apply(init_linear)
 
     def forward(self, latents: Latents) -> Features:
+        check_dtype(latents, self.project.fc1, "latents")
         tokens = self.project(rearrange(latents, "B Z h w -> B (h w) Z"))
         tokens = _run(self, tokens)
         return rearrange(self.norm(tokens), "B (h w) D -> B D h w", h=latents.shape[-2])

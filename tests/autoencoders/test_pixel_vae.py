@@ -100,6 +100,50 @@ def test_slicing_and_tiling():
     assert_equal([vae.decode(latents).sample], [painted])
 
 
+@torch.no_grad()
+def test_tiled_encode_equals_the_whole_where_the_encoder_is_local():
+    """Places and ramps: an encoder that sees one cell at a time gives the same latents by tiles."""
+
+    class Cells(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.pixel_unshuffle(x, 8)[:, :16]
+
+    vae, x = filled(), images(2, 96, 136)
+    vae.encoder = Cells()
+    whole = vae.encode(x).latent_dist.parameters
+    vae.enable_tiling(48, 32, 24, 16)
+    assert_close([vae.encode(x).latent_dist.parameters], [whole])
+
+
+@torch.no_grad()
+def test_tiled_encode_is_close_to_whole():
+    """Group norms and attention see one tile at a time; white noise and random weights are the worst case."""
+    vae, x, seen = filled(), images(1, 192, 136), []
+    vae.encoder.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape[-2:])))
+    whole = vae.encode(x).latent_dist.mode()
+    vae.enable_tiling(128, 128, 64, 64)
+    seen.clear()
+    tiled = vae.encode(x).latent_dist.mode()
+    assert seen == [(128, 128)] * 4
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().max() < 0.5  # of latents with std 0.6
+    assert (tiled - whole).square().mean().sqrt() < 0.1
+    vae.enable_slicing()
+    assert_close([vae.encode(x).latent_dist.mode()], [tiled])
+    assert_equal([vae.encode(x[..., :128, :128]).latent_dist.mode()], [filled().encode(x[..., :128, :128])[0].mode()])
+    with pytest.raises(ShapeError, match="images are 192 x 132; wanted multiples of the stride 8"):
+        vae.encode(x[..., :132])
+
+
+@torch.no_grad()
+def test_tiling_by_its_flag_alone():
+    """diffusers' scripts also write ``vae.use_tiling = True``."""
+    vae, z = filled(), torch.zeros(1, 8, 8, 8)
+    whole = vae.decode(z).sample
+    vae.use_tiling = True
+    assert not vae.decode(z).sample.equal(whole)
+
+
 def test_sd_style_config():
     config = PixelVAEConfig()
     assert (config.scaling_factor, config.shift_factor, config.force_upcast) == (0.18215, None, True)

@@ -27,6 +27,7 @@ FAMILIES = {
         ),
     ),
     "dinov3": (T.DINOv3ViTModel, T.DINOv3ViTConfig(**SMALL, **MLP, num_register_tokens=4)),
+    "dinov3_bare": (T.DINOv3ViTModel, T.DINOv3ViTConfig(**SMALL, **MLP, num_register_tokens=0)),
     "dinov3_no_bias": (
         T.DINOv3ViTModel,
         T.DINOv3ViTConfig(**SMALL, **MLP, num_register_tokens=4, query_bias=False, value_bias=False, rope_theta=50.0),

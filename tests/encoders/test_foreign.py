@@ -122,6 +122,20 @@ def test_fields_that_a_file_leaves_out_are_the_librarys_defaults(tmp_path):
     assert encoder.config.mean == (0.5, 0.5, 0.5)
 
 
+def test_the_image_processor_beside_the_model_says_the_colours(tmp_path):
+    """DINOv3's satellite models are not normalised by ImageNet's, and only that file says so."""
+    foreign.family_model("dinov3").save_pretrained(tmp_path)
+    assert SemanticEncoder.from_pretrained(tmp_path).config.mean == (0.485, 0.456, 0.406)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}))
+    config = SemanticEncoder.from_pretrained(tmp_path).config
+    assert (config.mean, config.std) == ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))
+    for content, said in (('{"image_mean": 0.5}', "mean is 0.5"), ("{", "preprocessor_config.json is not valid JSON")):
+        path.write_text(content)
+        with pytest.raises((CheckpointError, ConfigError), match=said):
+            SemanticEncoder.from_pretrained(tmp_path)
+
+
 def test_an_activation_and_an_eps_of_its_own(tmp_path):
     model = foreign.family_model("siglip", hidden_act="gelu", layer_norm_eps=0.1)
     model.save_pretrained(tmp_path)
@@ -170,6 +184,32 @@ def test_metas_offset_changes_the_features_off_the_native_grid(tmp_path):
     with torch.no_grad():
         assert (with_offset(x) - without(x)).abs().max() > 1e-3
         assert torch.equal(with_offset(native), without(native))
+
+
+def test_metas_dinov3_files_are_read_by_name(tmp_path):
+    """They do not say their architecture: timm's name does, and timm converts their names."""
+    name, size = "vit_small_patch16_dinov3_qkvb.lvd1689m", {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    model = fill_weights(timm.create_model(name, num_classes=0, **size)).eval()
+    state = {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
+    for key, tensor in model.state_dict().items():
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        for ours, metas in (("reg_token", "storage_tokens"), ("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")):
+            key = key.replace(ours, metas)
+        state[key] = tensor
+    for index, block in enumerate(model.blocks):
+        bias = torch.cat([block.attn.q_bias, torch.zeros(48), block.attn.v_bias]).detach()
+        state |= {f"blocks.{index}.attn.qkv.bias": bias, f"blocks.{index}.attn.qkv.bias_mask": torch.ones(144)}
+    save_file(state, tmp_path / "dinov3_vits16.safetensors")
+    with pytest.raises(CheckpointError, match="and weights named like"):
+        SemanticEncoder.from_pretrained(tmp_path / "dinov3_vits16.safetensors")
+    file = str(tmp_path / "dinov3_vits16.safetensors")
+    encoder = SemanticEncoder.from_timm(name, file=file, model_args=size, final_norm="affine")
+    mean, std = (torch.tensor(getattr(encoder.config, part)).view(3, 1, 1) for part in ("mean", "std"))
+    assert_same_features(
+        encoder,
+        lambda x: model.forward_features(((x + 1) / 2 - mean) / std)[:, 5:].mT.unflatten(2, (x.shape[-2] // 16, -1)),
+    )
 
 
 # timm
@@ -279,6 +319,8 @@ def test_a_configuration_that_does_not_fit(folder, change, said):
         ({"key_bias": True}, "key_bias True"),
         ({"value_bias": False}, "value_bias False"),
         ({"hidden_act": "silu"}, "hidden_act 'silu'; wanted 'gelu'"),
+        ({"num_register_tokens": 0}, "1 unexpected: embeddings.register_tokens"),
+        ({"num_register_tokens": -1}, "num_register_tokens -1; wanted a positive int, or 0"),
     ],
 )
 def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):
@@ -294,6 +336,8 @@ def test_a_dinov3_that_timm_cannot_build(saved, change, said, tmp_path):
     ("change", "said"),
     [
         ({"depth": 10**9}, "depth of 1000000000; the weights have"),
+        ({"checkpoint_path": "/etc/passwd"}, "model_args has 'checkpoint_path', which tells timm what to load"),
+        ({"pretrained_cfg": {"file": "x"}}, "model_args has 'pretrained_cfg', which tells timm what to load"),
         ({"img_size": []}, "timm refused model_args"),
         ({"no_such": 1}, "timm refused model_args.*no_such"),
     ],

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from psvae import PSVAE
+from psvae import PSVAE, AutoencoderPSVAE, PixelVAE
 from tests.base import assert_close, assert_equal
-from tests.tiny import fill_weights, tiny_psvae
+from tests.tiny import fill_weights, tiny_pixel_vae, tiny_psvae
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "examples/cache_latents.py"
@@ -40,6 +42,7 @@ def workspace(tmp_path_factory):
 
 def start(root, name, *more, launcher=()):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache")}
     command = [
         sys.executable, *launcher, str(SCRIPT), "--vae", str(root / "vae"), "--data", str(root / "images"),
         "--output", str(root / name), "--size", "32", "--batch-size", "2", "--shard-size", str(SHARD), "--workers", "0",
@@ -50,7 +53,7 @@ def start(root, name, *more, launcher=()):
 
 def finish(process, expect=0):
     text, _ = process.communicate(timeout=300)
-    assert process.returncode == expect, text
+    assert process.returncode == expect if expect is not None else process.returncode > 0, text
     return text
 
 
@@ -76,7 +79,7 @@ def test_contents_equal_direct_encoding(workspace):
     assert not mirrored.mean.allclose(posterior.mean, atol=1e-2)
     spread = (whole["latents_flip"] - mirrored.mean) / mirrored.std
     assert 0.8 < spread.std() < 1.2
-    statistics = load_file(workspace / "whole/latents_stats.safetensors")
+    statistics = torch.load(workspace / "whole/latents_stats.pt", weights_only=True)
     assert_close([statistics["mean"]], [drawn.mean((0, 2, 3), keepdim=True)])
     assert_close([statistics["std"]], [drawn.std((0, 2, 3), keepdim=True, correction=0)])
 
@@ -91,18 +94,102 @@ def test_a_killed_run_goes_on_to_the_same_bytes(workspace):
         shards(workspace / "killed")[2].unlink()
     left = len(shards(workspace / "killed"))
     assert 1 <= left <= 3
+    (workspace / "killed/.latents_000003.safetensors.1").write_bytes(b"half")  # as a kill in the middle of writing
     text = finish(start(workspace, "killed"))
     assert f"{COUNT} images in 4 shards, {4 - left} of them written now" in text
     for one, other in zip(shards(workspace / "whole"), shards(workspace / "killed"), strict=True):
         assert one.read_bytes() == other.read_bytes()
+    assert not list((workspace / "killed").glob(".*"))
 
 
 def test_two_processes_write_the_same_files(workspace):
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29731")  # fmt: skip
-    finish(start(workspace, "two", launcher=launcher))
+    killed = workspace / "two"  # by its first process alone: the two share what is left
+    killed.mkdir()
+    for name in ("manifest.json", "names.json", "latents_000000.safetensors", "latents_000002.safetensors"):
+        shutil.copy(workspace / "whole" / name, killed)
+    text = finish(start(workspace, "two", launcher=launcher))
+    assert "10 images in 4 shards, 2 of them written now" in text
     for one, other in zip(shards(workspace / "whole"), shards(workspace / "two"), strict=True):
         assert one.read_bytes() == other.read_bytes()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", ["label", "class_name", None])
+def test_a_hugging_face_dataset_gives_the_same(workspace, tmp_path, labels):
+    datasets = pytest.importorskip("datasets", reason="datasets comes with psvae[train]")
+    files = sorted((workspace / "images").rglob("*.png"))
+    columns = {"photo": [{"bytes": file.read_bytes(), "path": None} for file in files]}
+    columns |= {"label": [int(f.parent.name == "dog") for f in files], "class_name": [f.parent.name for f in files]}
+    table = datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image())
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(tmp_path / "parquet/validation.parquet")
+    (tmp_path / "vae").symlink_to(workspace / "vae")
+    column = ("--label-column", str(labels))
+    more = ("--data", str(tmp_path / "parquet"), "--split", "validation", "--image-column", "photo", *column)
+    finish(start(tmp_path, "out", *more))
+    for ours, theirs in zip(shards(tmp_path / "out"), shards(workspace / "whole"), strict=True):
+        got, wanted = load_file(ours), load_file(theirs)
+        if labels is None:
+            wanted["labels"] = torch.zeros_like(wanted["labels"])
+        assert_equal([got[name] for name in wanted], wanted.values())
+    if labels == "label":
+        text = finish(start(tmp_path, "out", *more[:4]), expect=1)
+        assert (
+            "10 rows of columns photo, label, class_name; wanted rows with image and label: see --image-column" in text
+        )
+
+
+def test_the_folder_is_one_for_lightningdit(workspace):
+    """Its ImgLatentDataset takes every .safetensors file for a shard, and ``latents_stats.pt`` for the statistics."""
+    files = sorted((workspace / "whole").glob("*.safetensors"))
+    assert sum(len(load_file(file)["labels"]) for file in files) == COUNT
+    statistics = torch.load(workspace / "whole/latents_stats.pt")
+    assert {name: tuple(tensor.shape) for name, tensor in statistics.items()} == {
+        "mean": (1, 8, 1, 1), "std": (1, 8, 1, 1)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rae", "diffusers", "pixel", "kl"])
+def test_every_folder_of_a_vae_is_recognised(tmp_path, monkeypatch, kind):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Options, load_vae
+
+    if kind == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers comes with psvae[diffusers]")
+        AutoencoderPSVAE.from_psvae(tiny_psvae()).save_pretrained(tmp_path)
+    elif kind == "kl":
+        tiny_pixel_vae().export_diffusers(tmp_path)
+    else:
+        (tiny_psvae("rae") if kind == "rae" else tiny_pixel_vae()).save_pretrained(tmp_path)
+    vae = load_vae(Options(str(tmp_path), "images", tmp_path), torch.device("cpu"))
+    assert isinstance(vae, PSVAE if kind in ("rae", "diffusers") else PixelVAE)
+
+
+def test_a_broken_vae_is_named(tmp_path, monkeypatch):
+    """What `PSVAE` says of its own folder is not lost."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Options, load_vae
+
+    tiny_psvae().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["decoder.conv_in.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"1 missing: decoder\.conv_in\.bias"):
+        load_vae(Options(str(tmp_path), "images", tmp_path), torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_a_point_has_moments_that_draw_itself(workspace, tmp_path):
+    """RAE has no noise; a log-variance of 0 would give a training run noise of std 1."""
+    fill_weights(tiny_psvae("rae")).save_pretrained(tmp_path / "vae")
+    (tmp_path / "images").symlink_to(workspace / "images")
+    finish(start(tmp_path, "out"))
+    for path in shards(tmp_path / "out"):
+        shard = load_file(path)
+        drawn = shard["mean"] + torch.exp(0.5 * shard["logvar"]) * torch.randn_like(shard["mean"])
+        assert_close([drawn], [shard["latents"]])
 
 
 @pytest.mark.parametrize("field", ["vae", "data", "size", "seed", "moments"])
@@ -111,17 +198,90 @@ def test_another_run_is_refused(workspace, monkeypatch, field):
     from cache_latents import claim
 
     manifest = json.loads((workspace / "whole/manifest.json").read_text())
-    claim(workspace / "whole", manifest)  # the same again is welcome
+    claim(workspace / "whole", manifest, None)  # the same again is welcome
     with pytest.raises(SystemExit, match=rf"holds latents of another run \({field}: .* before, 'other' now\)"):
-        claim(workspace / "whole", {**manifest, field: "other"})
+        claim(workspace / "whole", {**manifest, field: "other"}, None)
 
 
-def test_an_unreadable_image_is_named(workspace, tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/broken.png").write_bytes(b"no image")
+@pytest.fixture
+def own_copy(workspace, tmp_path):
+    """The same images and VAE, to break, and a broken image in the second of four shards."""
+    shutil.copytree(workspace / "images", tmp_path / "images")
     (tmp_path / "vae").symlink_to(workspace / "vae")
-    assert "broken.png cannot be read" in finish(start(tmp_path, "out"), expect=1)
-    assert not shards(tmp_path / "out")
+    whole = (tmp_path / "images/cat/4.png").read_bytes()
+    (tmp_path / "images/cat/4.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_is_named_and_costs_its_shard_alone(workspace, own_copy, workers):
+    text = finish(start(own_copy, "out", "--workers", workers), expect=1)
+    assert re.search(r"1 images are unreadable: .*images/cat/4\.png cannot be read \(.*\)\. All other shards", text)
+    assert "mend or remove them, and run the same command again" in text
+    assert "Traceback" not in text
+    assert [path.name[8:14] for path in shards(own_copy / "out")] == ["000000", "000002", "000003"]
+    shutil.copy(workspace / "images/cat/4.png", own_copy / "images/cat/4.png")
+    assert "10 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+    for one, other in zip(shards(workspace / "whole"), shards(own_copy / "out"), strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_image_that_is_removed_is_left_out_of_its_shard(workspace, own_copy, monkeypatch):
+    """The others keep their places, so what was finished stays; the list may not change in another way."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import CachedLatents
+
+    finish(start(own_copy, "out"), expect=1)
+    finished = {path.name: path.stat().st_mtime_ns for path in shards(own_copy / "out")}
+    (own_copy / "images/cat/4.png").unlink()
+    assert "9 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+    assert all((own_copy / "out" / name).stat().st_mtime_ns == time for name, time in finished.items())
+    whole, cut = CachedLatents(workspace / "whole"), CachedLatents(own_copy / "out")
+    kept = [place for place in range(COUNT) if place != 4]
+    assert len(cut) == 9
+    assert_close([latents for latents, _ in cut], [whole[place][0] for place in kept])
+    assert [label for _, label in cut] == [whole[place][1] for place in kept]
+
+    shutil.copy(workspace / "images/cat/4.png", own_copy / "images/cat/4.png")
+    text = " ".join(finish(start(own_copy, "out"), expect=1).split())
+    assert "images were removed or came back after their shards were written: cat/4.png. Undo that, or delete" in text
+    assert "delete latents_000001.safetensors in" in text
+    (own_copy / "out/latents_000001.safetensors").unlink()
+    assert "10 images in 4 shards, 1 of them written now" in finish(start(own_copy, "out"))
+
+    (own_copy / "images/cat/new.png").write_bytes((own_copy / "images/cat/4.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in (own_copy / "out").iterdir()}
+    text = finish(start(own_copy, "out"), expect=1)
+    assert "holds 1 images that it did not when" in text
+    assert "cat/new.png. What is finished is untouched: take them out" in text
+    assert before == {path.name: path.read_bytes() for path in (own_copy / "out").iterdir()}
+
+
+def test_a_class_that_is_removed_does_not_renumber_the_others(workspace, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import Images, Options, resume
+
+    shutil.copytree(workspace / "images/dog", tmp_path / "images/dog")
+    images = Images(Options("vae", str(tmp_path / "images"), tmp_path))
+    assert images.labels == [0] * 4
+    resume(workspace / "whole", images)
+    assert images.labels == [0] * 6 + [1] * 4
+    assert images.left_out == set(range(6))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--dtype", "int8"), ("float32", "float16", "bfloat16")),
+        (("--size", "30"), ("--size 30 does not fit", "images are 30 x 30; wanted multiples of the stride 8")),
+        (("--shard-size", "0"), ("--shard-size is 0; wanted at least 1",)),
+        (("--data", "{root}/vae"), ("holds no images",)),
+    ],
+)
+def test_a_run_that_cannot_begin_writes_nothing(workspace, more, said):
+    text = finish(start(workspace, "none", *(word.format(root=workspace) for word in more)), expect=None)
+    assert all(words in text for words in said), text
+    assert not (workspace / "none").exists()
 
 
 def test_the_reader(workspace, monkeypatch):
@@ -148,3 +308,20 @@ def test_the_reader(workspace, monkeypatch):
     assert_close([normal.mean((0, 2, 3)), normal.std((0, 2, 3), correction=0)], [torch.zeros(8), torch.ones(8)], 1e-4)
     with pytest.raises(IndexError):
         data[COUNT]
+    drawing = CachedLatents(workspace / "whole", draw=True)
+    moments = load_file(workspace / "whole/latents_000000.safetensors")
+    draws = torch.stack([drawing[0][0] for _ in range(300)])
+    assert_close([draws.mean(0), draws.std(0)], [moments["mean"][0], torch.exp(0.5 * moments["logvar"][0])], 0.3)
+    with pytest.raises(ValueError, match="draw takes the moments of the straight images"):
+        CachedLatents(workspace / "whole", draw=True, flip=True)
+
+
+def test_the_reader_in_several_processes_gives_each_sample_once(workspace, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import CachedLatents
+
+    data = CachedLatents(workspace / "whole")
+    data[0]  # an open shard does not travel to the loader's processes
+    rows = [row for batch, _ in DataLoader(data, batch_size=2, shuffle=True, num_workers=2) for row in batch]
+    places = [[bool(row.equal(data[place][0])) for place in range(COUNT)].index(True) for row in rows]
+    assert sorted(places) == list(range(COUNT))

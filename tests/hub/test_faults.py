@@ -75,6 +75,51 @@ def test_renamed_weights_are_named(saved: Path) -> None:
     assert "the folder holds README.md, best.safetensors, config.json" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "model.fp16.bin"]
+)
+def test_weights_of_a_variant_alone_say_which(saved: Path, name: str) -> None:
+    (saved / WEIGHTS).rename(saved / name)
+    assert "(nor model.safetensors.index.json with shards); pass variant='fp16': the folder holds" in refusal(saved)
+    assert "no weights of variant 'fp61'; pass variant='fp16': the folder holds" in refusal(saved, variant="fp61")
+
+
+def test_a_variant_is_read(saved: Path) -> None:
+    (saved / WEIGHTS).rename(saved / "model.fp16.safetensors")
+    assert_same(PixelDecoder.from_pretrained(saved, variant="fp16"), tiny_decoder())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.json", "config.json is a configuration, no weights: pass its folder; wanted a folder, a .safetensors"),
+        (INDEX, "is a configuration, no weights: pass its folder"),
+        ("photo.PNG", "photo.PNG is a picture, no weights; wanted a folder, a .safetensors file, or a .bin, .pt"),
+        ("model.tar.gz", "is an archive, to be unpacked first, no weights"),
+        ("README.md", "is text, no weights"),
+        ("weights", "weights is no weights file; wanted a .safetensors file, or a .bin, .pt"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_pickle(saved: Path, name: str, said: str) -> None:
+    if not (saved / name).exists():
+        (saved / name).write_bytes(b"something else")
+    for allowed in (False, True):
+        message = refusal(saved / name, allow_pickle=allowed)
+        assert said in message
+        assert "pickle" not in message
+
+
+def test_a_pickle_without_an_ending_is_one(saved: Path) -> None:
+    torch.save(tiny_decoder().state_dict(), saved / "weights")
+    assert "is a pickle, which can run code" in refusal(saved / "weights")
+    assert_same(PixelDecoder.from_pretrained(saved / "weights", allow_pickle=True), tiny_decoder())
+
+
+def test_the_old_name_of_dtype(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"torch_dtype came; .*: use dtype="):
+        PixelDecoder.from_pretrained(saved, torch_dtype=torch.bfloat16)
+
+
 # The configuration
 
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psvae import PixelVAE, PixelVAEConfig
+from psvae import PSVAE, PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
 from psvae.errors import PSVAEError
+from tests.tiny import tiny_psvae
 
 EXAMPLES = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -22,7 +23,9 @@ EXAMPLES = settings(
 
 def vae():
     halves = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": 0}
-    return PixelVAE(PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves)))
+    return PixelVAE(
+        PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves), scaling_factor=1.0)
+    )
 
 
 WRITERS = {
@@ -60,7 +63,12 @@ def load_or_refuse(folder, model):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats() | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**6)
+    | st.sampled_from([2**31 - 1, 10**12, 10**30])
+    | st.floats()
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -74,11 +82,8 @@ def paths(values, prefix=()):
             yield from paths(value, (*prefix, key))
 
 
-@EXAMPLES
-@given(data=st.data())
-def test_a_config_with_one_value_changed(broken, whole, data):
-    folder, model = broken
-    values = json.loads((whole[0] / "config.json").read_text())
+def with_one_value_changed(values, data):
+    """A configuration in which one value, at any depth, is another or gone."""
     where = data.draw(st.sampled_from(sorted(paths(values))))
     inner = values
     for key in where[:-1]:
@@ -87,7 +92,32 @@ def test_a_config_with_one_value_changed(broken, whole, data):
         inner[where[-1]] = data.draw(JSON)
     else:
         del inner[where[-1]]
-    (folder / "config.json").write_text(json.dumps(values))
+    return values
+
+
+def with_one_entry_changed(raw, data):
+    """The bytes of a safetensors file in whose header one entry is another or gone."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    key = data.draw(st.sampled_from(sorted(header)))
+    change = data.draw(st.sampled_from(["drop", "rename", "shape", "dtype", "offsets", "anything"]))
+    entry = header.pop(key)
+    if change == "rename":
+        header[data.draw(st.sampled_from(sorted(header)) | st.text(max_size=20))] = entry
+    elif change != "drop":
+        field = {"shape": "shape", "dtype": "dtype", "offsets": "data_offsets"}.get(change)
+        value = data.draw(JSON if field != "shape" else st.lists(st.integers(0, 4096), max_size=5))
+        header[key] = value if field is None or not isinstance(entry, dict) else {**entry, field: value}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_a_config_with_one_value_changed(broken, whole, data):
+    folder, model = broken
+    values = json.loads((whole[0] / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(with_one_value_changed(values, data)))
     load_or_refuse(folder, model)
 
 
@@ -107,20 +137,7 @@ def weights_in(folder: Path) -> Path:
 @given(data=st.data())
 def test_a_header_with_one_entry_changed(broken, whole, data):
     folder, model = broken
-    raw = weights_in(whole[0]).read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    key = data.draw(st.sampled_from(sorted(header)))
-    change = data.draw(st.sampled_from(["drop", "rename", "shape", "dtype", "offsets", "anything"]))
-    entry = header.pop(key)
-    if change == "rename":
-        header[data.draw(st.text(max_size=20))] = entry
-    elif change != "drop":
-        field = {"shape": "shape", "dtype": "dtype", "offsets": "data_offsets"}.get(change)
-        value = data.draw(JSON if field != "shape" else st.lists(st.integers(0, 4096), max_size=5))
-        header[key] = value if field is None or not isinstance(entry, dict) else {**entry, field: value}
-    text = json.dumps(header).encode()
-    weights_in(folder).write_bytes(struct.pack("<Q", len(text)) + text + body)
+    weights_in(folder).write_bytes(with_one_entry_changed(weights_in(whole[0]).read_bytes(), data))
     load_or_refuse(folder, model)
 
 
@@ -140,6 +157,35 @@ def test_weights_of_anything(broken, raw):
     folder, model = broken
     weights_in(folder).write_bytes(raw)
     load_or_refuse(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (("vae", "depth"), 10**9, r"vae\.depth 1000000000; wanted a number of layers, and the weights have"),
+        (
+            ("encoder", "model_args", "depth"),
+            10**9,
+            r"encoder\.model_args\.depth 1000000000; wanted a number of layers",
+        ),
+        (("encoder", "model_args", "depth"), [10**9], r"encoder\.model_args\.depth \[1000000000\]; wanted a number"),
+        (("encoder", "model_args", "embed_dim"), 3 * 2**40, "timm refused model_args"),
+        (("decoder", "num_res_blocks"), 10**9, r"decoder\.num_res_blocks 1000000000; wanted a number of layers"),
+        (("decoder", "latent_channels"), 2**31, "latent_channels is 2147483648; wanted a whole number up to"),
+        (("statistics_grid",), [10**9, 10**9], "cannot be built: .*overflowed"),
+        (("statistics_grid",), [0, 4], r"statistics_grid is \(0, 4\); wanted None or two numbers of at least 1"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path, where, value, said):
+    tiny_psvae().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    inner = values
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(PSVAEError, match=said):
+        PSVAE.from_pretrained(tmp_path)
 
 
 def test_the_intact_folder_loads(whole):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from psvae import SemanticEncoder
 from psvae.errors import PSVAEError
 from tests.hub.test_fuzz import EXAMPLES as MANY
-from tests.hub.test_fuzz import JSON, paths
+from tests.hub.test_fuzz import JSON, weights_in, with_one_entry_changed, with_one_value_changed
 
 pytest.importorskip("transformers", reason="transformers comes with psvae[dev]")
 
@@ -73,15 +72,7 @@ def test_a_config_with_one_value_changed(broken, whole, data):
     if not (folder / "config.json").exists():
         return  # Meta's files have none
     values = json.loads((whole[0] / "config.json").read_text())
-    where = data.draw(st.sampled_from(sorted(paths(values))))
-    inner = values
-    for key in where[:-1]:
-        inner = inner[key]
-    if data.draw(st.booleans()):
-        inner[where[-1]] = data.draw(JSON)
-    else:
-        del inner[where[-1]]
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(with_one_value_changed(values, data)))
     load_or_refuse(folder, encoder)
 
 
@@ -97,20 +88,7 @@ def test_a_config_of_anything(broken, content):
 @given(data=st.data())
 def test_a_header_with_one_entry_changed(broken, whole, data):
     folder, encoder = broken
-    raw = (whole[0] / "model.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    key = data.draw(st.sampled_from(sorted(header)))
-    change = data.draw(st.sampled_from(["drop", "rename", "shape", "anything"]))
-    entry = header.pop(key)
-    if change == "rename":
-        header[data.draw(st.sampled_from(sorted(header)) | st.text(max_size=20))] = entry
-    elif change == "shape":
-        header[key] = {**entry, "shape": data.draw(st.lists(st.integers(0, 4096), max_size=5))}
-    elif change == "anything":
-        header[key] = data.draw(JSON)
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    (folder / "model.safetensors").write_bytes(with_one_entry_changed(weights_in(whole[0]).read_bytes(), data))
     load_or_refuse(folder, encoder)
 
 

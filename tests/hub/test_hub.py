@@ -13,8 +13,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from psvae import PixelDecoder
+from psvae import PixelDecoder, PixelDecoderConfig, PixelVAE, PixelVAEConfig
+from psvae.encoders import PixelEncoderConfig
 from psvae.errors import CheckpointError
+from psvae.hub.source import Source
+from tests.base import assert_same_state
 from tests.hub.checkpoints import assert_same, fill, weight_files
 from tests.hub.server import Hub, Repository, commit_of, serve
 from tests.tiny import tiny_decoder
@@ -91,6 +94,36 @@ def test_a_name_that_no_repository_can_have(name: str, tmp_path: Path) -> None:
         CheckpointError, match=f"config.json of revision 'main' of '{name}' could not be fetched: Cannot have"
     ):
         PixelDecoder.from_pretrained(name, cache_dir=tmp_path)
+
+
+def test_files_in_folders_of_one_repository_come_from_one_commit(cache: Path) -> None:
+    """RAE's repository keeps its decoder and its statistics in folders of their own."""
+    source = Source("org/parts", "", revision=None, cache_dir=cache, local_files_only=True)
+    for name in ("decoder/config.json", "decoder/model.safetensors"):
+        path = source.find(name)
+        assert path is not None
+        assert path.name == name.rpartition("/")[2]
+        assert source.hub_options["revision"] == ONE
+
+
+def test_a_cached_repository_without_a_config(tmp_path: Path) -> None:
+    """LDM's repositories have weights alone; huggingface_hub remembers what it did not find."""
+    tiny = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_levels": 0}
+    vae = PixelVAE(
+        PixelVAEConfig(PixelEncoderConfig(4, **tiny), PixelDecoderConfig(4, **tiny), scaling_factor=1.0)
+    ).eval()
+    vae.export_ldm(tmp_path / "ldm")
+    (tmp_path / "ldm" / "config.json").unlink()
+    cache = tmp_path / "cache"
+    fill_cache(cache, "org/ldm", ONE, tmp_path / "ldm")
+    absent = cache / "models--org--ldm" / ".no_exist" / ONE / "config.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    loaded = PixelVAE.from_pretrained("org/ldm", cache_dir=cache, local_files_only=True)
+    assert_same_state(loaded, vae)
+    absent.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json .* is not in the local cache and the Hub cannot"):
+        PixelVAE.from_pretrained("org/ldm", cache_dir=cache, local_files_only=True)
 
 
 # Over HTTP. huggingface_hub reads its environment at import, so one other process makes all the calls.
@@ -210,7 +243,10 @@ def test_a_branch_that_moves_while_it_is_read(over_http: tuple[dict[str, Any], H
         ("gated", "'org/gated' is gated: accept its terms on its page and run `hf auth login`"),
         ("no revision", "there is no revision 'v9' of 'org/one'; check the branch, tag or commit"),
         ("no config", "org/empty has no config.json; look at the files of 'org/empty'"),
-        ("no weights", "org/half has no model.safetensors (nor model.safetensors.index.json with shards); look at"),
+        (
+            "no weights",
+            "org/half has no model.safetensors (nor model.safetensors.index.json with shards); files such as model.fp",
+        ),
         ("pickle", "pytorch_model.bin is a pickle, which can run code when read; wanted safetensors."),
     ],
 )

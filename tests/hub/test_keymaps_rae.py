@@ -1,5 +1,7 @@
 """RAE's decoder files, in its repository's names and in diffusers'."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -70,6 +72,23 @@ def test_heads_of_an_unknown_width_must_be_said(tmp_path):
     save_file(original_names(reference()), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"num_heads is None; wanted int"):
         ViTPixelDecoder.from_pretrained(tmp_path)
+
+
+def test_a_configuration_beside_the_decoder_says_the_heads(tmp_path):
+    """As Scale-RAE's repositories have it."""
+    save_file(original_names(reference()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"decoder_num_attention_heads": 3, "layer_norm_eps": 1e-12}))
+    colours = {name: OUTPUT[name] for name in ("output_mean", "output_std")}
+    assert_same_outputs(ViTPixelDecoder.from_pretrained(tmp_path, **colours), reference())
+
+
+def test_the_moving_average_beside_the_weights_is_read(tmp_path, caplog):
+    state = original_names(reference())
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"model": state, "ema": other, "step": 3}, tmp_path / "model.pt")
+    read = ViTPixelDecoder.from_pretrained(tmp_path / "model.pt", allow_pickle=True, **OUTPUT)
+    assert "holds 'ema' and 'model': 'ema' is read" in caplog.text
+    assert read.norm.bias.equal(other["decoder_norm.bias"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from psvae import PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
-from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.errors import CheckpointError, CheckpointWarning, ConfigError, PSVAEError
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.keymaps.ldm import LDM
 from tests.base import assert_close, assert_equal, assert_same_state
@@ -129,7 +130,9 @@ def test_shards_and_variants(saved, tmp_path):
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "fp16", variant="fp16"), model)
     model.save_pretrained(tmp_path / "both", variant="fp16", max_shard_size="100KB")
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "both", variant="fp16"), model)
-    with pytest.raises(CheckpointError, match="has no weights of variant 'bf16'; the folder holds"):
+    with pytest.raises(
+        CheckpointError, match="has no weights of variant 'bf16'; pass variant='fp16': the folder holds"
+    ):
         PixelVAE.from_pretrained(tmp_path / "fp16", variant="bf16")
     with pytest.raises(CheckpointError, match=r"has no model.safetensors .*the folder holds config.json, diffusion"):
         PixelVAE.from_pretrained(tmp_path / "fp16")
@@ -178,11 +181,14 @@ def test_own_format_comes_first(folder, tmp_path_factory):
 def small_vae():
     """32 groups: LDM files do not say how many."""
     halves = {"base_channels": 32, "channel_multipliers": (1, 1, 2, 2), "num_res_blocks": 1, "attention_levels": 0}
-    return PixelVAE(PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves)))
+    config = PixelVAEConfig(PixelEncoderConfig(4, **halves), PixelDecoderConfig(4, **halves), scaling_factor=1.0)
+    return PixelVAE(config)
 
 
 def ldm_state(vae, tmp_path):
-    vae.export_ldm(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)
+        vae.export_ldm(tmp_path)
     return load_file(tmp_path / "model.safetensors")
 
 
@@ -230,6 +236,98 @@ def test_an_ldm_pickle_needs_permission(saved, tmp_path, wrap):
     with pytest.raises(CheckpointError, match="is a pickle, which can run code"):
         PixelVAE.from_pretrained(tmp_path / "vavae.ckpt")
     assert_same_outputs(PixelVAE.from_pretrained(tmp_path / "vavae.ckpt", allow_pickle=True), model)
+
+
+OTHERS = {  # names of a whole generator's file that are not the autoencoder's
+    "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+    "model_ema.decay": (),
+    "cond_stage_model.transformer.text_model.embeddings.position_ids": (1, 77),
+    "betas": (10,),
+    **{f"model.diffusion_model.time_embed.{i}.weight": (2,) for i in range(30)},
+}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("root", ["first_stage_model.", "vae."])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_reads_the_autoencoder_in_the_file_of_a_whole_generator(saved, family, root, ending, tmp_path, caplog):
+    folder, model = saved[family]
+    state = {root + key: x for key, x in ldm_state(PixelVAE.from_pretrained(folder), tmp_path / "a").items()}
+    state |= {name: torch.zeros(shape) for name, shape in OTHERS.items()}
+    file = tmp_path / f"model{ending}"
+    save_file(state, file) if ending == ".safetensors" else torch.save({"state_dict": state}, file)
+    with caplog.at_level("INFO", "psvae"):
+        vae = PixelVAE.from_pretrained(file, allow_pickle=True, shift_factor=0.5)
+    assert f"FLUX), read from the names that begin with '{root}'; it holds no scaling_factor: 1" in caplog.text
+    assert " and 14 more" in caplog.text
+    assert_same_outputs(vae, model)
+    assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda s: s.pop("vae.encoder.norm_out.bias"), "1 missing: vae.encoder.norm_out.bias"),
+        (lambda s: s.update({"vae.encoder.extra": torch.zeros(1)}), "1 unexpected: vae.encoder.extra"),
+        (lambda s: s.update({"vae": torch.zeros(1)}), "1 unexpected: vae"),
+    ],
+)
+def test_a_faulty_file_of_a_whole_generator(tmp_path, fault, message):
+    state = {"vae." + key: x for key, x in ldm_state(small_vae(), tmp_path).items()} | {"unet.a": torch.zeros(1)}
+    fault(state)
+    save_file(state, tmp_path / "whole.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        PixelVAE.from_pretrained(tmp_path / "whole.safetensors")
+
+
+def rewrite(path, change):
+    state = load_file(path)
+    save_file(state | change(state), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_quantised_weights_are_refused(folder, dtype):
+    rewrite(folder / WEIGHTS, lambda s: {"encoder.conv_in.bias": s["encoder.conv_in.bias"].to(dtype)})
+    with pytest.raises(CheckpointError, match=rf"encoder.conv_in.bias of .* holds {dtype}; wanted floating point"):
+        PixelVAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_the_one_asked_for(folder, dtype):
+    rewrite(folder / WEIGHTS, lambda s: {name: tensor.to(dtype) for name, tensor in s.items()})
+    assert {x.dtype for x in PixelVAE.from_pretrained(folder).state_dict().values()} == {torch.float32}
+    half = PixelVAE.from_pretrained(folder, dtype=torch.float16)
+    assert {x.dtype for x in half.state_dict().values()} == {torch.float16}
+
+
+def test_tensors_tied_in_a_pickle_are_apart_in_the_model(folder, tmp_path_factory):
+    state, first, second = load_file(folder / WEIGHTS), *(f"encoder.mid_block.resnets.{i}.norm1.weight" for i in (0, 1))
+    torch.save(state | {second: state[first]}, folder / "diffusion_pytorch_model.fp16.bin")
+    vae = PixelVAE.from_pretrained(folder, variant="fp16", allow_pickle=True)
+    one, other = vae.encoder.middle.block1.norm1.weight, vae.encoder.middle.block2.norm1.weight
+    assert torch.equal(one, other)
+    assert one.data_ptr() != other.data_ptr()
+    vae.save_pretrained(tmp_path_factory.mktemp("own"))  # safetensors takes no shared storage
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch's, on reading
+def test_a_sparse_tensor_is_refused(folder):
+    state = load_file(folder / WEIGHTS)
+    state["encoder.conv_in.bias"] = state["encoder.conv_in.bias"].to_sparse()
+    torch.save(state, folder / "x.pt")
+    with pytest.raises(CheckpointError, match=r"'encoder.conv_in.bias' is a tensor of torch.sparse_coo"):
+        PixelVAE.from_pretrained(folder / "x.pt", allow_pickle=True)
+
+
+def test_a_whole_pipeline_says_which_subfolder(folder):
+    whole = folder / "whole"
+    (whole / "vae").mkdir(parents=True)
+    for name in ("config.json", WEIGHTS):
+        (whole / "vae" / name).write_bytes((folder / name).read_bytes())
+    (whole / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a pipeline, which is many models; pass subfolder='vae'"):
+        PixelVAE.from_pretrained(whole)
+    PixelVAE.from_pretrained(whole, subfolder="vae")
 
 
 class Callback:
@@ -303,6 +401,13 @@ def test_a_diffusers_folder_of_something_else(tmp_path):
         ({"use_quant_conv": False}, "unexpected: quant_conv"),
         ({"norm_num_groups": 7}, "norm_groups is 7"),
         ({"latent_channels": None}, "latent_channels is None; wanted int"),
+        (
+            {"layers_per_block": 10**9},
+            r"encoder\.num_res_blocks 1000000000; wanted a number of layers, and the weights have \d+",
+        ),
+        ({"in_channels": 10**18}, "in_channels is 1000000000000000000; wanted a whole number up to 2147483647"),
+        ({"latent_channels": 2**30}, "cannot be built: .*overflowed"),
+        ({"scaling_factor": 0}, r"scaling_factor is 0\.0; wanted a number that callers can divide by"),
     ],
 )
 def test_a_faulty_diffusers_config(folder, changes, message):
@@ -328,7 +433,59 @@ def test_what_autoencoder_kl_cannot_hold_is_refused(tmp_path):
     vae.latent_spec.mean.fill_(1.0)
     with pytest.raises(CheckpointError, match="cannot hold statistics per element"):
         vae.export_diffusers(tmp_path)
-    with pytest.raises(CheckpointError, match="cannot hold latent statistics"):
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+@pytest.mark.parametrize(("field", "value"), [("norm_groups", 16), ("norm_eps", 1e-5)])
+def test_norms_that_ldms_code_has_not_are_refused(tmp_path, half, field, value):
+    config = small_vae().config
+    vae = PixelVAE(config.replace(**{half: getattr(config, half).replace(**{field: value})}))
+    with pytest.raises(ConfigError, match=rf"{half}\.{field} is {value}; LDM's code has .* use save_pretrained or"):
+        vae.export_ldm(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_per_element_are_refused_in_an_ldm_folder(tmp_path):
+    vae = PixelVAE(small_vae().config.replace(statistics_grid=(4, 4)))
+    vae.latent_spec.mean.fill_(1.0)
+    with pytest.raises(CheckpointError, match="LDM's layout cannot hold statistics per element"):
+        vae.export_ldm(tmp_path)
+
+
+LOST = {
+    "scaling": {"scaling_factor": 0.18215},
+    "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    "statistics": {"latents_mean": (0.1, 0.2, 0.3, 0.4), "latents_std": (1.0, 2.0, 3.0, 4.0)},
+    "nothing": {"shift_factor": 0.0},
+}
+
+
+@pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
+def test_an_ldm_folder_warns_of_what_it_cannot_carry(tmp_path, lost):
+    """By exactly the constants that, passed when loading, give the same model again."""
+    small_vae().export_diffusers(tmp_path / "kl")
+    vae = PixelVAE.from_pretrained(tmp_path / "kl", **lost)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vae.export_ldm(tmp_path / "ldm")
+    if "scaling_factor" not in lost and "latents_mean" not in lost:
+        assert not caught
+        return
+    [warning] = caught
+    assert warning.category is CheckpointWarning
+    assert warning.filename == __file__
+    said = str(warning.message)
+    assert f"has no place for {', '.join(lost)}: {tmp_path / 'ldm'} holds the weights alone" in said
+    call = re.search(r"PixelVAE\.from_pretrained\(.*\)(?=, and)", said)[0]
+    again = eval(call)
+    assert again.config == vae.config
+    assert_same_state(again, vae)
+
+
+def test_fitted_statistics_are_among_what_an_ldm_folder_cannot_carry(tmp_path):
+    vae = small_vae()
+    vae.latent_spec.std.fill_(2.0)
+    with pytest.warns(CheckpointWarning, match=r"latents_mean=\(0\.0, .*latents_std=\(2\.0, 2\.0, 2\.0, 2\.0\)"):
         vae.export_ldm(tmp_path)
 
 

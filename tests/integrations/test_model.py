@@ -167,11 +167,72 @@ def test_loading_is_strict(model, tmp_path, fault):
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("subfolder", ["", "vae"])
+def test_folders_of_other_kinds_load_as_the_core_loads_them(model, tmp_path, subfolder):
+    """So that an SD-VAE's folder needs one other import line."""
+    core = core_of(model)
+    core.save_pretrained(tmp_path / "own" / subfolder)
+    loaded = type(model).from_pretrained(tmp_path / "own", subfolder=subfolder or None, torch_dtype=torch.bfloat16)
+    assert_same_state(loaded, core.bfloat16())
+    assert (loaded.dtype, loaded.training) == (torch.bfloat16, False)
+
+
+def test_an_autoencoder_kl_folder_loads(tmp_path):
+    core = fill_weights(tiny_pixel_vae())
+    core.export_diffusers(tmp_path)
+    loaded = AutoencoderPixelVAE.from_pretrained(tmp_path)
+    assert_same_state(loaded, core)
+    assert loaded.config.scaling_factor == 0.18215
+    with pytest.raises(CheckpointError, match="device_map and output_loading_info do not apply"):
+        AutoencoderPixelVAE.from_pretrained(tmp_path, device_map="auto")
+
+
+def test_a_folder_of_another_model_is_refused(model, tmp_path):
+    diffusers.UNet2DModel(
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1, norm_num_groups=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"config\.json of 'UNet2DModel'"):
+        type(model).from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="absent"):
+        type(model).from_pretrained(tmp_path / "absent")
+
+
+def test_a_misshapen_tensor_is_named(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(tmp_path)
+    path = tmp_path / f"{WEIGHTS}.safetensors"
+    save_file({**load_file(path), "decoder.conv_in.bias": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path} cannot be loaded: .*decoder\.conv_in\.bias"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_copies(model):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert core_of(twin) is not core_of(model)
         assert next(core_of(twin).decoder.parameters()) is next(twin.decoder.parameters())
         assert_equal([paint(twin)], [paint(model)])
+
+
+@torch.no_grad()
+def test_a_replaced_child_is_the_one_that_runs(model):
+    """Scripts write ``vae.decoder = torch.compile(vae.decoder)``."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, z):
+            return z.new_zeros(len(z), 3, 32, 32)
+
+    model.decoder = Zero()
+    assert not paint(model).any()
+    assert not core_of(model)(images()).sample.any()
+
+
+def test_from_config_builds_the_same(model):
+    """What EMAModel and schedulers' scripts do."""
+    assert type(model).from_config(model.config).config["core"] == model.config["core"]
+    again = type(model)(model.config["core"])
+    assert type(model).from_config(again.config).config["core"] == model.config["core"]
 
 
 # Calls
@@ -231,6 +292,25 @@ def test_tiling(core):
 
 
 @torch.no_grad()
+def test_forward_slices_and_tiles(model):
+    """As AutoencoderKL's: `forward` is what diffusers' own test of tiling calls."""
+    sizes, x = [], images(2, 64, 64)
+    wanted = paint(model, x)
+    model.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
+    model.use_slicing = True
+    assert_close([paint(model, x)], [wanted])
+    assert sizes == [(1, 3, 64, 64)] * 2
+    sizes.clear()
+    model.use_tiling = True
+    tiled = paint(model, x)
+    assert set(sizes) == {(1, 3, 32, 32)}
+    assert 0 < (tiled - wanted).abs().mean() < 0.5
+    model.disable_tiling()
+    model.disable_slicing()
+    assert_equal([paint(model, x)], [wanted])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tile", [32, 64])
 def test_tiling_is_no_further_off_than_that_of_autoencoder_kl(tmp_path, tile):
     core = tiny_pixel_vae(sample_size=tile)
@@ -241,11 +321,10 @@ def test_tiling_is_no_further_off_than_that_of_autoencoder_kl(tmp_path, tile):
         z = model.encode(x).latent_dist.mode()
         whole = model.decode(z).sample
         model.enable_tiling()
-        difference = (model.decode(z).sample - whole).abs()
-        errors.append((difference.max(), difference.mean()))
-    (our_max, our_mean), (their_max, their_mean) = errors
-    assert 0 < our_max < 1.02 * their_max
-    assert 0 < our_mean < 1.02 * their_mean
+        differences = (model.encode(x).latent_dist.mode() - z).abs(), (model.decode(z).sample - whole).abs()
+        errors.append([number for d in differences for number in (d.max(), d.mean())])
+    for ours, theirs in zip(*errors, strict=True):
+        assert 0 < ours < 1.02 * theirs
 
 
 # Training
@@ -309,11 +388,41 @@ def test_layerwise_casting(model):
     assert_close([paint(model)], [wanted], tolerance=5e-2)
 
 
-def test_disk_offload(model, tmp_path):
-    """Weights that wait on the disk come back for each half."""
+@torch.no_grad()
+def test_sequential_offload(model):
+    """As ``pipeline.enable_sequential_cpu_offload``: each module's own weights come for its own call alone."""
     from accelerate import cpu_offload
 
     wanted = paint(model)
-    cpu_offload(model.decoder, execution_device=torch.device("cpu"))
-    assert next(model.decoder.parameters()).is_meta
-    assert_close([paint(model)], [wanted])
+    z = model.encode(images()).latent_dist.mode()
+    cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_equal([model.encode(images()).latent_dist.mode(), model.decode(z).sample, paint(model)], [z, wanted, wanted])
+
+
+def test_disk_offload(model, tmp_path):
+    """Weights that wait on the disk come back for each half."""
+    wanted = paint(model)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", device_map="auto", max_memory={"cpu": "100KB"}, offload_folder=tmp_path / "offload"
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert_equal([paint(loaded)], [wanted])
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload(model, kind):
+    """Without an accelerator the devices are the same: this shows that the hooks bring what they took away."""
+    wanted = paint(model)
+    cpu, blocks = torch.device("cpu"), None if kind == "leaf_level" else 1
+    model.enable_group_offload(cpu, offload_device=cpu, offload_type=kind, num_blocks_per_group=blocks)
+    with torch.no_grad():
+        assert_equal([model.decode(model.encode(images()).latent_dist.mode()).sample, paint(model)], [wanted, wanted])
+
+
+def test_statistics_follow_the_latents():
+    """No hook fires for them: they belong to no module that is called."""
+    spec, z = core_of(make(AutoencoderPSVAE)).latent_spec, torch.zeros(1, 8, 4, 4, device="meta")
+    assert spec.normalize(z).is_meta
+    assert spec.denormalize(z).is_meta

@@ -82,7 +82,10 @@ class Layout:
         """Beginnings of names that are known and not needed."""
         prefix, root = self.prefix(header), self.root(header)
         blocks = {name.removeprefix(root).partition(".")[0] for name in header if name.startswith(root)}
-        return (*(prefix + name for name in self.spare), *self.outside, *cut_blocks(config, len(blocks), root))
+        registers = prefix + REGISTERS
+        none = (registers,) if 0 in header.get(registers, ()) else ()  # DINOv3's, where it has none
+        spare = (*(prefix + name for name in self.spare), *none)
+        return (*spare, *self.outside, *cut_blocks(config, len(blocks), root))
 
 
 def _masked(token: str, mask: str, axes: int) -> Rule:
@@ -107,9 +110,16 @@ def _dinov2_rules(key: str, prefix: str, config: Json) -> Rule | None:
 
 
 def _dinov3_rules(key: str, prefix: str, config: Json) -> Rule | None:
-    if key == "cls_token":
-        return _masked(f"{prefix}embeddings.cls_token", f"{prefix}embeddings.mask_token", axes=3)
-    return None
+    if key != "cls_token":
+        return None
+    rule = _masked(f"{prefix}embeddings.cls_token", f"{prefix}embeddings.mask_token", axes=3)
+    if config["model_args"].get("num_reg_tokens") != 0:
+        return rule
+
+    def save(names: Names, value: Tensor) -> dict[str, Tensor]:  # the library has a tensor for registers even so
+        return rule.save(names, value) | {prefix + REGISTERS: value[:, :0]}
+
+    return dataclasses.replace(rule, save=save)
 
 
 def _siglip_rules(key: str, prefix: str, config: Json) -> Rule | None:
@@ -129,6 +139,7 @@ QKV: tuple[Names, ...] = (
     ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
     ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
 )
+REGISTERS = "embeddings.register_tokens"
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
@@ -138,7 +149,7 @@ _EMBEDDINGS = {
 DINOV2 = Layout(
     marker="embeddings.cls_token",
     roots=("encoder.layer.", "layers."),
-    top=_EMBEDDINGS | {"reg_token": "embeddings.register_tokens"},
+    top=_EMBEDDINGS | {"reg_token": REGISTERS},
     blocks={
         "norm1": (("norm1",),),
         "attn.qkv": QKV,
@@ -166,7 +177,7 @@ DINOV3 = Layout(
     roots=("layer.", "model.layer."),
     top={
         "cls_token": "embeddings.cls_token",
-        "reg_token": "embeddings.register_tokens",
+        "reg_token": REGISTERS,
         "patch_embed.proj": "embeddings.patch_embeddings",
         "norm": "norm",
     },

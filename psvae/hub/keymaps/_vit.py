@@ -21,16 +21,17 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
-def number(values: Json, name: str, kind: type = int) -> Any:
-    """A positive number of a foreign configuration.
+def number(values: Json, name: str, kind: type = int, least: int = 1) -> Any:
+    """A positive number of a foreign configuration; 0 too, where ``least`` is 0.
 
     Raises:
         CheckpointError: it is of another type, or not positive.
     """
     found = values[name]
     right = isinstance(found, (int, float) if kind is float else int) and not isinstance(found, bool)
-    if not right or not 0 < found < 2**31:
-        raise CheckpointError(f"config.json has {name} {found!r}; wanted a positive {kind.__name__}")
+    if not right or not (0 < found < 2**31 or found == least):
+        zero = "" if least else ", or 0"
+        raise CheckpointError(f"config.json has {name} {found!r}; wanted a positive {kind.__name__}{zero}")
     return kind(found)
 
 

@@ -8,6 +8,7 @@ from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.formats import Format, Header
 from psvae.hub.keymaps._transformers import DINOV2, DINOV2_GIANT, DINOV3, SIGLIP, SIGLIP2, VIT_MAE, Layout
 from psvae.hub.keymaps._vit import HALF, IMAGENET, choice, mlp_ratio, number, stride_for
+from psvae.hub.reading import PROCESSOR
 
 __all__ = ["TRANSFORMERS"]
 
@@ -55,6 +56,14 @@ def _shared(values: Json, header: Header, width: int | None = None) -> dict[str,
     }
 
 
+def _colours(values: Json, default: Json) -> dict[str, Any]:
+    """Mean and std of the image processor beside the model; where there is none, the family's own."""
+    said = values.get(PROCESSOR) or {}
+    if not isinstance(said, Mapping):
+        raise CheckpointError(f"config.json has {PROCESSOR} {said!r}; wanted it in a file of its own")
+    return {name: said.get(f"image_{name}") or default[name] for name in ("mean", "std")}
+
+
 def _image_size(values: Json) -> int:
     size = values["image_size"]
     if isinstance(size, list | tuple) and len(size) == 2 and size[0] == size[1]:
@@ -63,6 +72,7 @@ def _image_size(values: Json) -> int:
 
 
 def _read_dinov2(values: Json, header: Header) -> dict[str, Any]:
+    colours = _colours(values, IMAGENET)
     values = DINOV2_DEFAULTS | dict(values)
     registers = values["model_type"] == "dinov2_with_registers"
     gated = choice(values, "use_swiglu_ffn", {True: True, False: False})
@@ -75,7 +85,7 @@ def _read_dinov2(values: Json, header: Header) -> dict[str, Any]:
     if registers:
         args["reg_tokens"] = number(values, "num_register_tokens")
     name = f"vit_{'giant' if gated else 'base'}_patch14_{'reg4_' if registers else ''}dinov2"
-    return fields | {"name": name, "model_args": args, "position_antialias": registers, **IMAGENET}
+    return fields | {"name": name, "model_args": args, "position_antialias": registers, **colours}
 
 
 def _gated_width(width: int) -> int:
@@ -84,6 +94,7 @@ def _gated_width(width: int) -> int:
 
 
 def _read_dinov3(values: Json, header: Header) -> dict[str, Any]:
+    colours = _colours(values, IMAGENET)
     values = DINOV3_DEFAULTS | dict(values)
     choice(values, "key_bias", {False: False})
     bias = choice(values, "query_bias", {True: True, False: False})
@@ -92,13 +103,14 @@ def _read_dinov3(values: Json, header: Header) -> dict[str, Any]:
     choice(values, "hidden_act", {"silu": "silu"} if gated else {"gelu": "gelu"})  # the ones that timm's class has
     fields = _shared(values, header)
     args = fields["model_args"] | {"qkv_bias": bias, "rope_temperature": number(values, "rope_theta", float)}
-    args["num_reg_tokens"] = number(values, "num_register_tokens")
+    args["num_reg_tokens"] = number(values, "num_register_tokens", least=0)
     if gated:
         args |= {"swiglu_mlp": True, "swiglu_align_to": 1}
-    return fields | {"name": "vit_base_patch16_dinov3", "model_args": args, **IMAGENET}
+    return fields | {"name": "vit_base_patch16_dinov3", "model_args": args, **colours}
 
 
 def _read_siglip(values: Json, header: Header) -> dict[str, Any]:
+    colours = _colours(values, HALF)
     vision = values.get("vision_config", values)
     if not isinstance(vision, Mapping):
         raise CheckpointError(f"config.json has vision_config {vision!r}; wanted a dictionary")
@@ -112,16 +124,17 @@ def _read_siglip(values: Json, header: Header) -> dict[str, Any]:
     else:
         args["img_size"] = _image_size(values)
         positions = {"position_antialias": False}
-    return fields | {"name": "vit_base_patch16_siglip_224", "model_args": args, **positions, **HALF}
+    return fields | {"name": "vit_base_patch16_siglip_224", "model_args": args, **positions, **colours}
 
 
 def _read_mae(values: Json, header: Header) -> dict[str, Any]:
+    colours = _colours(values, IMAGENET)
     values = MAE_DEFAULTS | dict(values)
     fields = _shared(values, header)
     args = fields["model_args"] | {"img_size": _image_size(values)}
     args["qkv_bias"] = choice(values, "qkv_bias", {True: True, False: False})
     args["act_layer"] = choice(values, "hidden_act", ACTIVATIONS)
-    return fields | {"name": "vit_base_patch16_224", "model_args": args, "position_antialias": False, **IMAGENET}
+    return fields | {"name": "vit_base_patch16_224", "model_args": args, "position_antialias": False, **colours}
 
 
 def _write(config: Json, model_type: str, model_class: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """LDM's own layout (Rombach et al. 2022): VA-VAE, MAR, REPA-E, the original SD, SD3 and FLUX autoencoders.
 
 The file says nothing but names and shapes, so the architecture is read off them; a ``ddconfig`` in a
-``config.json`` beside it must agree.
+``config.json`` beside it must agree. In the file of a whole generator the autoencoder stands under one of `ROOTS`,
+and nothing else is read.
 """
 
 import re
@@ -29,13 +30,23 @@ RENAMES = (
     (r"middle\.attention\.", "mid.attn_1."),
     (r"\.shortcut\.", ".nin_shortcut."),
 )
+FIRST = ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight")  # by which files are known
+ROOTS = ("", "first_stage_model.", "vae.")  # a file of its own; whole generators' files, by LDM's code and by others
+TRAINING = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")  # discriminators, VA-VAE's own loss
+
+
+def _root(header: Header) -> str | None:
+    """What stands before the autoencoder's names; None if there is no autoencoder."""
+    return next((root for root in ROOTS if any(root + name in header for name in FIRST)), None)
 
 
 def _recognise(config: Json | None, header: Header) -> bool:
-    return "encoder.down.0.block.0.conv1.weight" in header or "decoder.up.0.block.0.conv1.weight" in header
+    return _root(header) is not None
 
 
 def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
+    root = _root(header) or ""
+    header = {name.removeprefix(root): shape for name, shape in header.items() if name.startswith(root)}
     needed = ("encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
     lost = [name for name in needed if len(header.get(name, ())) != 4]
     if lost:
@@ -127,11 +138,11 @@ def _write_config(config: Json) -> dict[str, Any]:
 
 
 def _rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, Rule]:
-    last = len(config["decoder"]["channel_multipliers"]) - 1
-    return {key: _rule(key, config, last) for key in keys}
+    last, root = len(config["decoder"]["channel_multipliers"]) - 1, _root(header) or ""
+    return {key: _rule(key, config, last, root) for key in keys}
 
 
-def _rule(key: str, config: Json, last: int) -> Rule:
+def _rule(key: str, config: Json, last: int, root: str) -> Rule:
     if key.startswith("latent_spec."):
         return statistics_rule(key, config)
     theirs = re.sub(r"(?<=decoder\.levels\.)\d+", lambda found: str(last - int(found[0])), key)
@@ -140,8 +151,21 @@ def _rule(key: str, config: Json, last: int) -> Rule:
     part = theirs.split(".")[-2]
     if re.search(r"\.attn(_1|\.\d+)\.", theirs) and part in ATTENTION:
         theirs = theirs.replace(".proj.", ".proj_out.")
-        return Rule((theirs,), load=as_linear, save=as_conv)
-    return Rule((theirs,))
+        return Rule((root + theirs,), load=as_linear, save=as_conv)
+    return Rule((root + theirs,))
+
+
+def _ignored(config: Json, header: Header) -> tuple[str, ...]:
+    """Of training; and, in the file of a whole generator, everything that is not the autoencoder's."""
+    root = _root(header) or ""
+    others = {re.match(r"[^.]*\.?", name)[0] for name in header if not name.startswith(root)}  # type: ignore[index]
+    return (*(root + name for name in TRAINING), *sorted(part for part in others if not root.startswith(part)))
+
+
+def _remark(header: Header) -> str:
+    root = _root(header)
+    inside = f", read from the names that begin with {root!r}" if root else ""
+    return f"{inside}; it holds no scaling_factor: 1 unless one is passed"
 
 
 LDM = Format(
@@ -149,6 +173,7 @@ LDM = Format(
     _recognise,
     _read_config,
     _rules,
-    ignored=("loss.", "model_ema.", "foundation_model.", "linear_proj."),  # of training: discriminators, VF loss
+    ignored=_ignored,
     write_config=_write_config,
+    remark=_remark,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 from psvae.errors import CheckpointError
 from psvae.hub.formats import Format, Header, Rule
 from psvae.hub.keymaps._transformers import DINOV2, SIGLIP, VIT_MAE, Layout
-from psvae.hub.keymaps._vit import HALF, IMAGENET
+from psvae.hub.keymaps._vit import IMAGENET, mlp_ratio, number, table_side
 from psvae.nn.positions import sincos_positions
 
 __all__ = ["AUTOENCODER_RAE", "RAE_DECODER"]
@@ -39,18 +39,19 @@ DIFFUSERS = {
     "attn.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
     "attn.proj": ("attention.to_out.0",),
 }
-DINO_ARGS = {"img_size": 518, "mlp_ratio": 4.0, "reg_tokens": 4}
 # encoder_type → (where the tensors are, what transformers' encoder of that type is to us)
 ENCODERS: dict[str, tuple[Layout, dict[str, Any], dict[str, Any]]] = {
-    "dinov2": (DINOV2, DINO_ARGS, {"name": "vit_base_patch14_reg4_dinov2", "norm_eps": 1e-6, **IMAGENET}),
+    "dinov2": (DINOV2, {"reg_tokens": 4}, {"name": "vit_base_patch14_reg4_dinov2", "norm_eps": 1e-6}),
     "siglip2": (
         SIGLIP,
         {"act_layer": "gelu_tanh"},
-        {"name": "vit_base_patch16_siglip_224", "position_antialias": False, "norm_eps": 1e-6, **HALF},
+        {"name": "vit_base_patch16_siglip_224", "position_antialias": False, "norm_eps": 1e-6},
     ),
-    "mae": (VIT_MAE, {}, {"name": "vit_base_patch16_224", "position_antialias": False, "norm_eps": 1e-12, **IMAGENET}),
+    "mae": (VIT_MAE, {}, {"name": "vit_base_patch16_224", "position_antialias": False, "norm_eps": 1e-12}),
 }
+LARGEST_SIDE = 512  # of a grid, in tokens; RAE's largest is 32
 DIFFUSERS_EPS = 1e-5  # diffusers: (z − mean) / (std + ε)
+DIFFUSERS_SPAN = 16.0  # diffusers makes the decoder's table anew, its coordinates rescaled to those of 16 tokens
 HEADS = {768: 12, 1024: 16, 1152: 16}  # of RAE's ViT-B, L and XL; the tensors do not say
 
 
@@ -85,18 +86,20 @@ def decoder_fields(header: Header, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def decoder_rules(keys: Sequence[str], config: Json, header: Header, prefix: str = "") -> dict[str, Rule]:
-    """`ViTPixelDecoder`'s keys → rules. Where the file has no position table, RAE's own is made."""
+def decoder_rules(
+    keys: Sequence[str], config: Json, header: Header, prefix: str = "", span: float | None = None
+) -> dict[str, Rule]:
+    """`ViTPixelDecoder`'s keys → rules. Where the file has no position table, one is made: RAE's own, or over ``span``
+    as `sincos_positions` says.
+    """
     attention = DIFFUSERS if f"{prefix}decoder_layers.0.attention.to_q.weight" in header else ORIGINAL
-    return {key: _rule(key, config, header, BLOCK | attention, prefix) for key in keys}
+    positions = Rule((f"{prefix}decoder_pos_embed",))
+    if header and positions.theirs[0] not in header:  # no header: the file is to be written
+        positions = Rule((), load=lambda: sincos_positions(config["width"], tuple(config["grid"]), span))
+    return {key: positions if key == "positions" else _rule(key, BLOCK | attention, prefix) for key in keys}
 
 
-def _rule(key: str, config: Json, header: Header, names: Mapping[str, tuple[str, ...]], prefix: str) -> Rule:
-    if key == "positions":
-        table = f"{prefix}decoder_pos_embed"
-        if table in header or not header:  # no header: the file is to be written
-            return Rule((table,))
-        return Rule((), load=lambda: sincos_positions(config["width"], tuple(config["grid"])))
+def _rule(key: str, names: Mapping[str, tuple[str, ...]], prefix: str) -> Rule:
     if key in TOP:
         return Rule((prefix + TOP[key],))
     _, index, part = key.split(".", 2)
@@ -104,10 +107,19 @@ def _rule(key: str, config: Json, header: Header, names: Mapping[str, tuple[str,
     return Rule(tuple(f"{prefix}decoder_layers.{index}.{name}.{leaf}" for name in names[part]))
 
 
+def _read_decoder(config: Json | None, header: Header) -> dict[str, Any]:
+    """Scale-RAE keeps ViT-MAE's configuration beside the decoder, which tells what the tensors do not."""
+    fields, said = decoder_fields(header), config or {}
+    names = {"decoder_num_attention_heads": "num_heads", "layer_norm_eps": "norm_eps"}
+    return fields | {
+        ours: said[theirs] for theirs, ours in names.items() if "decoder_num_attention_heads" in said and theirs in said
+    }
+
+
 RAE_DECODER = Format(
     "RAE's decoder",
     lambda config, header: "decoder_embed.weight" in header and "decoder_pred.weight" in header,
-    lambda config, header: decoder_fields(header),
+    _read_decoder,
     lambda keys, config, header: decoder_rules(keys, config, header),
 )
 
@@ -127,26 +139,26 @@ def _read_rae(config: Json | None, header: Header) -> dict[str, Any]:
             f"config.json has scaling_factor {values['scaling_factor']!r}; wanted 1: no other is built"
         )
     kind = values["encoder_type"]
-    if kind not in ENCODERS:
+    if not isinstance(kind, str) or kind not in ENCODERS:
         raise CheckpointError(f"config.json has encoder_type {kind!r}; wanted {', '.join(ENCODERS)}")
     layout, args, fields = ENCODERS[kind]
-    patch, size, stride = values["encoder_patch_size"], values["encoder_input_size"], values["patch_size"]
-    if not all(isinstance(n, int) and n > 0 for n in (patch, size, stride)) or size % patch:
-        raise CheckpointError(
-            f"config.json has encoder_input_size {size!r} and encoder_patch_size {patch!r}; no grid fits"
-        )
+    patch, size, stride = (number(values, name) for name in ("encoder_patch_size", "encoder_input_size", "patch_size"))
     side = size // patch
+    if size % patch or side > LARGEST_SIDE:  # nothing in the file bounds the grid: its table is made anew
+        raise CheckpointError(
+            f"config.json has encoder_input_size {size} and encoder_patch_size {patch}; wanted a multiple of the "
+            f"patch, up to {LARGEST_SIDE} patches"
+        )
     prefix = layout.prefix(header)
     width = _encoder_width(header, prefix)
     depth = len(
         {n.removeprefix(layout.root(header)).partition(".")[0] for n in header if n.startswith(layout.root(header))}
     )
     hidden = next((s[0] for n, s in header.items() if n.startswith(layout.root(header)) and _first_mlp(n)), 4 * width)
-    args = {"img_size": _table_side(header, prefix, kind) * patch} | args
+    args = args | {"img_size": _table_side(header, prefix, kind) * patch, "mlp_ratio": mlp_ratio(hidden, width)}
     args |= {"embed_dim": width, "depth": depth, "num_heads": max(1, width // 64), "patch_size": patch}
-    args["mlp_ratio"] = hidden / width
-    mean = values["encoder_norm_mean"] or fields["mean"]
-    std = values["encoder_norm_std"] or fields["std"]
+    mean = values["encoder_norm_mean"] or IMAGENET["mean"]  # diffusers' default, whichever the encoder
+    std = values["encoder_norm_std"] or IMAGENET["std"]
     colours = {"mean": mean, "std": std}
     spec = header.get("_latents_std", (1,))
     decoder = decoder_fields(header, "decoder.") | {"grid": (side, side), "output_mean": mean, "output_std": std}
@@ -162,8 +174,8 @@ def _read_rae(config: Json | None, header: Header) -> dict[str, Any]:
 
 def _encoder_width(header: Header, prefix: str) -> int:
     kernels = (s for n, s in header.items() if n.startswith(prefix) and "patch_embedding" in n and len(s) == 4)
-    shape = next(kernels, None)
-    if shape is None:
+    shape = next(kernels, (0,))
+    if 0 in shape:
         raise CheckpointError("the file has no patch embedding under 'encoder.'; wanted an AutoencoderRAE's encoder")
     return shape[0]
 
@@ -174,11 +186,10 @@ def _first_mlp(name: str) -> bool:
 
 def _table_side(header: Header, prefix: str, kind: str) -> int:
     """Of the encoder's own position table."""
-    tables = (s for n, s in header.items() if n.startswith(prefix) and "position_embedding" in n and len(s) >= 2)
-    shape = next(tables, None)
-    if shape is None:
-        raise CheckpointError("the file has no position table under 'encoder.'; wanted an AutoencoderRAE's encoder")
-    return math.isqrt(shape[-2] - (0 if kind == "siglip2" else 1))
+    if kind == "siglip2":
+        name = f"{prefix}embeddings.position_embedding.weight"
+        return table_side({name: (1, *header.get(name, ()))}, name, prefix=0)
+    return table_side(header, f"{prefix}embeddings.position_embeddings", prefix=1)
 
 
 def _rae_rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, Rule]:
@@ -186,7 +197,7 @@ def _rae_rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, R
     inside = {n: s for n, s in header.items() if n.startswith("encoder.")}
     parts = {root: [k.removeprefix(root) for k in keys if k.startswith(root)] for root in ("encoder.", "decoder.")}
     encoder = ENCODERS[kind][0].key_map(parts["encoder."], config["encoder"], inside)
-    decoder = decoder_rules(parts["decoder."], config["decoder"], header, "decoder.")
+    decoder = decoder_rules(parts["decoder."], config["decoder"], header, "decoder.", DIFFUSERS_SPAN)
     grid = tuple(config["statistics_grid"] or (1, 1))
     channels = config["decoder"]["latent_channels"]
 
