@@ -45,6 +45,8 @@ class Options:
     """``tiny`` only shows that the benchmark runs; the targets are the other's."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     batches: tuple[int, ...] = (1, 4)
+    cases: tuple[Literal["short", "long", "edit"], ...] = ("short", "long", "edit")
+    """What conditions, in the groups ``cache`` and ``attention``: 64 words, 256 words, a source and 64 words."""
     repetitions: int = 5
     images: bool = False
     """Also sample whole images, step by step."""
@@ -67,6 +69,8 @@ class Case:
 
     name: str
     words: int
+    target: float
+    """At least how many times as fast its cached step is."""
     source: bool = False
 
     def inputs(self, model: DeepFusionDiT, batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,8 +79,12 @@ class Case:
         return inputs | ({"source_latents": noise(config, batch, dtype)} if self.source else {})
 
 
-SHORT, LONG = Case("64 words", 64), Case("256 words", 256)
-EDIT = Case("edit, 256 source tokens, 64 words", 64, source=True)
+CASES = {
+    "short": Case("64 words", 64, 1.15),
+    "long": Case("256 words", 256, 1.6),
+    "edit": Case("edit, 256 source tokens, 64 words", 64, 1.8, source=True),
+}
+SHORT, LONG, EDIT = CASES.values()
 
 
 def main(options: Options) -> None:
@@ -100,7 +108,7 @@ def cache_rows(options: Options) -> Iterator[Row]:
     for kind, dtype, batch in options.kinds:
         model.to(dtype)
         x, sigmas = noise(model.config, batch, dtype), torch.full((batch,), 0.5)
-        for case, target in ((SHORT, 1.15), (LONG, 1.6), (EDIT, 1.8)):
+        for case in (CASES[name] for name in options.cases):
             inputs = case.inputs(model, batch, dtype)
             encode = partial(model.encode_prefix, **inputs)
             cached, uncached = partial(model, x, sigmas, encode()), partial(model, x, sigmas, **inputs)
@@ -109,16 +117,16 @@ def cache_rows(options: Options) -> Iterator[Row]:
             what = f"{case.name}, {kind}"
             of_cached, of_uncached, of_prefix, of_product = timed
             note = f"{statistics.median(of_cached):.2f} against {statistics.median(of_uncached):.2f} s"
-            yield speedup(f"cached step, {what}", of_cached, of_uncached, target, note)
+            yield speedup(f"cached step, {what}", of_cached, of_uncached, case.target, note)
             ours = [prefix + STEPS * step for prefix, step in zip(of_prefix, of_cached, strict=True)]
             theirs = [STEPS * step for step in of_uncached]
-            yield speedup(f"cached image, {what}", ours, theirs, target, per_image(ours, theirs, batch))
+            yield speedup(f"cached image, {what}", ours, theirs, case.target, per_image(ours, theirs, batch))
             yield rate_share(f"cached step, {what}", gflop(cached), of_cached, product_gflop, of_product)
             if options.images:
                 images = [partial(whole_image, model, inputs, x, cached=cached) for cached in (True, False)]
                 ours, theirs = (timed + timed for timed in in_turns(images, 1))
                 note = f"{per_image(ours, theirs, batch)}; {STEPS} steps run, once"
-                yield speedup(f"cached image, sampled, {what}", ours, theirs, target, note)
+                yield speedup(f"cached image, sampled, {what}", ours, theirs, case.target, note)
 
 
 @torch.no_grad()
@@ -156,7 +164,7 @@ def attention_rows(options: Options) -> Iterator[Row]:
     """The attention of [source | text | noisy] alone: a call per segment against one call with a dense mask."""
     config = options.config
     for kind, dtype, batch in options.kinds:
-        for case in (SHORT, LONG, EDIT):
+        for case in (CASES[name] for name in options.cases):
             lengths = [GRID**2] * case.source + [case.words, GRID**2]
             heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
             q, k, v = (torch.randn(batch, h, sum(lengths), config.attention_head_dim, dtype=dtype) for h in heads)
