@@ -107,11 +107,12 @@ class Checkpoint:
             CheckpointError: names are missing, unexpected or of another shape, in the file's own words.
         """
         self.compare(expected, rules, tuple(ignored))
+        place = "cpu" if torch.device(device).type == "cpu" else str(device)  # safetensors knows no "cpu:0"
         with contextlib.ExitStack() as stack:
             handles: dict[Path, Any] = {}
             if self._pickled is None:
                 for path in self.files:
-                    handles[path] = stack.enter_context(safe_open(path, framework="pt", device=str(device)))
+                    handles[path] = stack.enter_context(safe_open(path, framework="pt", device=place))
 
             def fetch(name: str) -> Tensor:
                 path, key = self._names[name]

@@ -130,7 +130,7 @@ def test_a_half_precision_file_loads_in_fp32(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[key], tensor.float()), key
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
 def test_device(tmp_path: Path, device: str | torch.device) -> None:
     tiny_psvae().save_pretrained(tmp_path)
     loaded = PSVAE.from_pretrained(tmp_path, device=device)
