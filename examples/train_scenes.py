@@ -39,7 +39,8 @@ from psvae import (
     losses,
 )
 
-CHANNELS, STRIDE, WIDTH = 8, 8, 192
+CHANNELS, STRIDE, WIDTH = 4, 4, 192
+PATCH = scenes.CELL // STRIDE  # one token of the generator per cell of the board
 GRID = scenes.SIZE // STRIDE
 HELD_OUT_SEED = 10**9  # beyond every seed that training draws
 
@@ -93,7 +94,7 @@ def tokenizer(options: Options) -> PSVAE:
         return PSVAE.from_pretrained(folder)
     torch.manual_seed(options.seed)
     width, heads = 128, 2
-    vit = {"img_size": scenes.SIZE, "patch_size": STRIDE, "embed_dim": width, "depth": 4, "num_heads": heads}
+    vit = {"img_size": scenes.SIZE, "patch_size": STRIDE, "embed_dim": width, "depth": 2, "num_heads": heads}
     vae = PSVAE(
         PSVAEConfig(
             encoder=SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=STRIDE),
@@ -101,14 +102,14 @@ def tokenizer(options: Options) -> PSVAE:
                 width, CHANNELS, depth=1, num_heads=heads, mlp_dim=4 * width, layer_scale=None, initial_logvar=-5.0
             ),
             decoder=PixelDecoderConfig(
-                CHANNELS, base_channels=24, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8
+                CHANNELS, base_channels=16, channel_multipliers=(1, 2, 4), num_res_blocks=1, norm_groups=8
             ),
             sample_size=scenes.SIZE,
         )
     )
     steps = max(2, round(options.tokenizer_steps * options.share))
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-4, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=steps, pct_start=0.1)
     for step in (bar := tqdm(range(steps), "tokenizer")):
         images = pictures(step * 8, 8)
         output = vae(images, sample_posterior=True)
@@ -133,7 +134,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     edits = init is not None
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
-        output=folder, steps=steps, batch_size=16, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
+        output=folder, steps=steps, batch_size=32, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
         ema=0.995, shift=1.0, mixed_precision="bf16", compile=options.compile, seed=options.seed,
         resume=options.resume, log_every=20, sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4),
         sampling_steps=options.sampling_steps, sampling_shift=1.0, guidance=options.guidance, tracker="none",
@@ -152,7 +153,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
 
 def generator_config() -> DeepFusionDiTConfig:
     return DeepFusionDiTConfig.tiny(CHANNELS, len(scenes.WORDS)).replace(
-        hidden_size=WIDTH, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
+        patch_size=PATCH, hidden_size=WIDTH, num_attention_heads=3, num_key_value_heads=1, intermediate_size=512,
         head_width=WIDTH, head_num_heads=3, head_intermediate_size=512,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A small world of coloured shapes: scenes, captions, edits, and a detector that scores pictures of them."""
 
-from .compose import HELD_OUT, HELD_OUT_PAIRS, TASKS, evaluation_prompts, example, trainable
+from .compose import CELL, HELD_OUT, HELD_OUT_PAIRS, TASKS, evaluation_prompts, example, trainable
 from .detector import Detection, Found, detect
 from .edits import EDITS, Edit, edit_example, region
 from .language import LENGTH, PAD, START, WORDS, Prompt, Wanted, decode, encode, encode_many
@@ -21,7 +21,7 @@ from .world import (
 )
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "EDITS", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES", "SIZE", "START",
+    "BACKGROUNDS", "CELL", "COLOURS", "EDITS", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES", "SIZE", "START",
     "TASKS", "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing", "Wanted", "class_map",
     "decode", "depth_map", "detect", "draw", "draw_many", "edit_example", "encode", "encode_many",
     "evaluation_prompts", "example", "masks", "region", "score_edit", "score_edits", "score_prompt", "score_prompts",

@@ -17,10 +17,10 @@ HELD_OUT: frozenset[Kind] = frozenset({
     ("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("purple", "square"),
 })  # fmt: skip
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
-# Coarse on purpose, so that a small model learns in minutes what can be where: few sizes, and places on a lattice.
-SIZES = {1: (18, 26), 2: (18, 22), 3: (18,), 4: (18,)}  # by how many things there are
-LATTICE = range(4, SIZE, 8)  # of centres, on both axes
-CLEAR = 3.0  # pixels between things that do not overlap
+# A board of 4 by 4 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
+CELL = 16
+BOARD = range(CELL // 2, SIZE, CELL)  # of centres, on both axes
+SIZES = (13, 15)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
 
@@ -83,7 +83,7 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
             kinds = rng.sample(SEEN, 3)
         else:
             kinds = [rng.choice(SEEN)] * rng.randint(2, 3) + [rng.choice(SEEN)]
-    scene = arrange(rng, kinds, relation, overlap=rng.random() < 0.3)
+    scene = arrange(rng, kinds, relation)
     return scene, _caption(rng, kinds, relation, scene.background.name)
 
 
@@ -147,13 +147,14 @@ def arrange(rng: random.Random, kinds: Sequence[Kind], relation: str | None = No
 
     Args:
         relation: the first thing is there with respect to the second.
-        overlap: let things of different colours cover a little of each other, so that depth order matters.
+        overlap: leave the board, and let things of different colours cover a little of each other, so that depth
+            order matters.
     """
     while True:
         things: list[Thing] = []
         for colour, shape in kinds:
             for _ in range(20):
-                thing = place(rng, colour, shape, rng.choice(SIZES[len(kinds)]))
+                thing = place(rng, colour, shape, CELL // 4 if overlap else CELL)
                 if all(fits(thing, other, overlap) for other in things):
                     things.append(thing)
                     break
@@ -172,24 +173,19 @@ def background(rng: random.Random, but: str | None = None) -> Background:
     return Background(name, rng.uniform(-0.03, 0.03), slope)
 
 
-def place(rng: random.Random, colour: str, shape: str, size: int) -> Thing:
-    """A thing anywhere inside the picture."""
-    places = inside(shape, size)
-    return Thing(shape, colour, rng.choice(places), rng.choice(places), size)
-
-
-def inside(shape: str, size: int) -> list[int]:
-    """The places of the lattice, on either axis, from which it does not reach out of the picture."""
-    far = reach(shape, size)
-    return [place for place in LATTICE if far <= place <= SIZE - 1 - far]
+def place(rng: random.Random, colour: str, shape: str, step: int = CELL) -> Thing:
+    """A thing of any size on any cell; or with a smaller step, also between cells."""
+    places = range(BOARD[0], BOARD[-1] + 1, step)
+    return Thing(shape, colour, rng.choice(places), rng.choice(places), rng.choice(SIZES))
 
 
 def fits(thing: Thing, other: Thing, overlap: bool = False) -> bool:
-    """Whether two things are clear of each other, or overlap a little where they may."""
+    """Whether two things are in cells of their own, or overlap a little where they may."""
+    dx, dy = thing.x - other.x, thing.y - other.y
+    if not overlap or thing.colour == other.colour:  # one colour over the same would be one blob
+        return max(abs(dx), abs(dy)) >= CELL
     mine, others = reach(thing.shape, thing.size), reach(other.shape, other.size)
-    gap = ((thing.x - other.x) ** 2 + (thing.y - other.y) ** 2) ** 0.5 - mine - others
-    # One colour over the same would be one blob.
-    return gap >= (-0.35 * min(mine, others) if overlap and thing.colour != other.colour else CLEAR)
+    return (dx**2 + dy**2) ** 0.5 - mine - others >= -0.35 * min(mine, others)
 
 
 def holds(thing: Thing, relation: str, other: Thing) -> bool:

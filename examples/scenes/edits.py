@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .compose import HELD_OUT, KINDS, SEEN, SIZES, arrange, background, fits, holds, inside, place, trainable
+from .compose import BOARD, HELD_OUT, KINDS, SEEN, arrange, background, fits, holds, place, trainable
 from .language import RELATIONS, SIDES
 from .world import COLOURS, SIZE, Scene, coverages
 
@@ -103,8 +103,7 @@ def _change(scene: Scene, number: int, **changes: object) -> Scene | None:
     """The scene with one thing changed, if that one still fits."""
     thing = replace(scene.things[number], **changes)
     others = scene.things[:number] + scene.things[number + 1 :]
-    places = inside(thing.shape, thing.size)
-    if thing.x not in places or thing.y not in places or not all(fits(thing, other) for other in others):
+    if not all(fits(thing, other) for other in others):
         return None
     return replace(scene, things=(*scene.things[:number], thing, *scene.things[number + 1 :]))
 
@@ -129,7 +128,7 @@ def _replace(rng: random.Random, source: Scene) -> Edit | None:
 def _add(rng: random.Random, source: Scene) -> Edit | None:
     there = [thing.kind for thing in source.things]
     colour, shape = rng.choice([kind for kind in KINDS if kind not in there])
-    thing = place(rng, colour, shape, rng.choice(SIZES[len(there) + 1]))
+    thing = place(rng, colour, shape)
     if not all(fits(thing, other) for other in source.things):
         return None
     target, said = replace(source, things=(*source.things, thing)), f"add a {colour} {shape}"
@@ -151,8 +150,7 @@ def _move(rng: random.Random, source: Scene) -> Edit | None:
     """Straight to one side of the picture, as far as it goes: one right answer."""
     number, side = _subject(rng, source), rng.choice(SIDES)
     thing = source.things[number]
-    places = inside(thing.shape, thing.size)
-    axis, goal = "x" if side in ("left", "right") else "y", places[0] if side in ("left", "top") else places[-1]
+    axis, goal = "x" if side in ("left", "right") else "y", BOARD[0] if side in ("left", "top") else BOARD[-1]
     target = _change(source, number, **{axis: goal}) if abs(goal - getattr(thing, axis)) >= FAR else None
     said = f"move {_name(rng, source, number)} to the {side}"
     return target and Edit("move", said, source, target, number, number, side=side)
