@@ -89,10 +89,15 @@ def in_turns(functions: list[Callable[[], Any]], repetitions: int) -> list[list[
     seconds: list[list[float]] = [[] for _ in functions]
     for repetition in range(repetitions):
         for index in range(len(functions))[:: 1 if repetition % 2 == 0 else -1]:
-            start = time.perf_counter()
-            functions[index]()
-            seconds[index].append(time.perf_counter() - start)
+            seconds[index].append(seconds_of(functions[index]))
     return seconds
+
+
+def seconds_of(function: Callable[[], Any]) -> float:
+    """Of one call, without warming up."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def matrix_product(dtype: torch.dtype, side: int = 2048, times: int = 8) -> tuple[Callable[[], None], float]:
