@@ -20,7 +20,7 @@ SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
 # A board of 4 by 4 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
 CELL = 16
 BOARD = range(CELL // 2, SIZE, CELL)  # of centres, on both axes
-SIZES = (13, 15)  # both stay inside a cell
+SIZES = (12, 14)  # inside a cell, with background between neighbours
 APART = 14  # pixels between centres, along its axis, that make a relation plain
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
 
