@@ -30,13 +30,13 @@ from psvae.generators.checks import (
     check_text,
 )
 from psvae.generators.config import DeepFusionDiTConfig
-from psvae.generators.loading import copy_part, is_text, language_model_fields
+from psvae.generators.loading import compare_part, copy_part, is_text, language_model_fields
 from psvae.generators.prefix import PrefixCache
 from psvae.generators.text import TimeEmbedding
 from psvae.hub.keymaps.bagel import BAGEL
 from psvae.hub.keymaps.ddt import DDT_HEAD
 from psvae.hub.keymaps.llm import LANGUAGE_MODEL
-from psvae.hub.mixin import HubMixin
+from psvae.hub.mixin import HubMixin, build_empty
 from psvae.hub.reading import Checkpoint
 from psvae.hub.source import Source
 from psvae.nn.attention import Backend, check_backend
@@ -350,8 +350,10 @@ class DeepFusionDiT(nn.Module, HubMixin):
         config = DeepFusionDiTConfig.from_dict({**language_model_fields(checkpoint), **fields})
         if config.fusion == "prefix":
             raise ConfigError("fusion='prefix' has no text blocks; run the language model and use PrefixCache.from_hf")
+        part = (checkpoint, LANGUAGE_MODEL, config.to_dict(), is_text)
+        compare_part(build_empty(cls, config, checkpoint), *part)  # before memory is taken for it
         model = cls(config)
-        copy_part(model, checkpoint, LANGUAGE_MODEL, config.to_dict(), is_text)
+        copy_part(model, *part)
         if model.image_layers is not None and model.image_norm is not None:
             model.image_layers.load_state_dict(model.layers.state_dict())
             model.image_norm.load_state_dict(model.norm.state_dict())

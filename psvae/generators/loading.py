@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from psvae.errors import CheckpointError
-from psvae.hub.formats import Format
+from psvae.hub.formats import Format, Rule
 from psvae.hub.keymaps.llm import LANGUAGE_MODEL
 from psvae.hub.reading import Checkpoint
 
-__all__ = ["copy_part", "is_text", "language_model_fields"]
+__all__ = ["compare_part", "copy_part", "is_text", "language_model_fields"]
 
 
 def language_model_fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -33,6 +33,18 @@ def is_text(key: str) -> bool:
     return key.startswith(("embed_tokens.", "layers.", "norm."))
 
 
+def compare_part(
+    module: nn.Module, checkpoint: Checkpoint, layout: Format, config: Mapping[str, Any], wanted: Callable[[str], bool]
+) -> None:
+    """Compare some of a module's tensors, which may be on the meta device, with a file's names and shapes.
+
+    Raises:
+        CheckpointError: missing, unexpected or mis-shaped tensors, all listed.
+    """
+    ours, rules = _part(module, checkpoint, layout, config, wanted)
+    checkpoint.compare(ours, rules, layout.unneeded(config, checkpoint.header))
+
+
 def copy_part(
     module: nn.Module, checkpoint: Checkpoint, layout: Format, config: Mapping[str, Any], wanted: Callable[[str], bool]
 ) -> None:
@@ -41,10 +53,16 @@ def copy_part(
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors, all listed; nothing is overwritten then.
     """
-    ours: dict[str, Tensor] = {key: value for key, value in module.state_dict().items() if wanted(key)}
-    rules = layout.rules(list(ours), config, checkpoint.header)
+    ours, rules = _part(module, checkpoint, layout, config, wanted)
     first = next(iter(ours.values()))
     ignored = layout.unneeded(config, checkpoint.header)
     theirs = checkpoint.read(ours, rules, ignored=ignored, dtype=first.dtype, device=first.device)
     for key, value in theirs.items():
         ours[key].copy_(value)  # state_dict's tensors are detached views of the parameters
+
+
+def _part(
+    module: nn.Module, checkpoint: Checkpoint, layout: Format, config: Mapping[str, Any], wanted: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, Rule]]:
+    ours: dict[str, Tensor] = {key: value for key, value in module.state_dict().items() if wanted(key)}
+    return ours, layout.rules(list(ours), config, checkpoint.header)

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from psvae import DeepFusionDiT, PrefixCache
-from psvae.errors import CheckpointError, ConfigError
+from psvae.errors import CheckpointError, ConfigError, PSVAEError
 from tests.base import assert_equal
 from tests.generators.foreign import Z, bagel_forward, bagel_weights, language_model, rae_head, rae_weights
 from tests.tiny import latents
@@ -198,6 +198,23 @@ def test_prefix_fusion_takes_no_weights(tmp_path):
     kind("qwen2").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"fusion='prefix' has no text blocks.*PrefixCache\.from_hf"):
         DeepFusionDiT.from_llm(tmp_path, fusion="prefix", **FRESH)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            r"num_layers 1000000000; wanted a number of layers, and the weights have \d+ tensors in all",
+        ),
+        ({"hidden_size": 480_000}, r"of another shape: embed_tokens.weight is"),
+    ],
+)
+def test_an_absurd_size_is_not_built(fields, says, tmp_path):
+    kind("qwen2").save_pretrained(tmp_path)
+    rewrite_config(tmp_path, **fields)
+    with pytest.raises(PSVAEError, match=says):
+        DeepFusionDiT.from_llm(tmp_path, **FRESH)
 
 
 REFUSED = {
