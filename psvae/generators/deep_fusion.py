@@ -75,6 +75,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
 
     config_class = DeepFusionDiTConfig
     foreign_formats = (BAGEL,)
+    pipeline_tag = "text-to-image"
 
     def __init__(self, config: DeepFusionDiTConfig) -> None:
         super().__init__()

@@ -32,6 +32,8 @@ class HubMixin:
 
     config_class: ClassVar[type[Config]]
     foreign_formats: ClassVar[tuple[Format, ...]] = ()  # layouts of other projects that `from_pretrained` reads
+    pipeline_tag: ClassVar[str | None] = None  # the Hub's name for the task, in the model card
+    card_tags: ClassVar[tuple[str, ...]] = ()
     config: Any  # the subclass's own Config
 
     @classmethod
