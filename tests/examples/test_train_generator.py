@@ -8,6 +8,7 @@ import subprocess
 import time
 import zlib
 from collections import Counter
+from functools import partialmethod
 from itertools import islice
 
 import pytest
@@ -188,6 +189,31 @@ def test_ways_to_fit_and_to_hurry(world, tmp_path, how):
 
 def test_gradient_checkpointing_changes_nothing(world, unbroken, tmp_path):
     train(world, tmp_path, gradient_checkpointing=True)
+    assert_close([weights(tmp_path)], [weights(unbroken)])
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Traces forward and backward as the default back-end does, without its minute of C++. The compiler's counters."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(DeepFusionDiT, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    yield torch._dynamo.utils.counters
+    torch.compiler.reset()
+
+
+@pytest.mark.compile
+def test_compiling_changes_nothing(world, unbroken, tmp_path, compiler):
+    train(world, tmp_path, compile=True)
+    assert compiler["stats"]["unique_graphs"] > 0
+    assert_close([weights(tmp_path)], [weights(unbroken)])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("first", [True, False], ids=["compiled first", "compiled then"])
+def test_a_run_is_resumed_compiled_or_not(world, unbroken, tmp_path, compiler, first):
+    train(world, tmp_path, steps=3, compile=first)
+    train(world, tmp_path, resume=True, compile=not first)
     assert_close([weights(tmp_path)], [weights(unbroken)])
 
 
