@@ -130,9 +130,10 @@ KNOWN = {
     "a transformers language model": Facts(
         (
             ("Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B (the paper's)", "Apache-2.0"),
-            ("Qwen/Qwen2.5-3B", "Qwen Research"),
-            ("other Qwen2 and Qwen2.5 folders; Qwen3, dense ones", "of the model"),
-            ("Llama folders, 3.1's RoPE scaling included", "of the model"),
+            ("Qwen/Qwen2.5-3B", "Qwen Research (non-commercial)"),
+            ("other Qwen2 and Qwen2.5 folders", "Apache-2.0; the 72B ones Tongyi Qianwen (2), Qwen (2.5)"),
+            ("Qwen3 folders, dense ones", "Apache-2.0"),
+            ("Llama folders, 3.1's RoPE scaling included", "Llama Community, another for each version (gated)"),
         ),
         "the text's hidden states, keys and values equal transformers' to 1e-4, padded on either side or not; shards, "
         "tied or own language head, folders of transformers 4 and 5",
@@ -168,7 +169,11 @@ def page() -> str:
 Written by `python docs/checkpoints.py` from the key maps in `psvae/hub/keymaps/`. What was verified was verified on
 random weights of the architecture, against the library that the files come from, as it is in the package index; none of
 the published weights was run. Licences are as known when this was written, and are for you to check: `psvae inspect`
-prints what the card of your copy says.
+prints what the card of your copy says. Those of BAGEL and of the language models were read where their authors state
+them: BAGEL's and Qwen3's READMEs on GitHub, a copy of Qwen2.5's, the Hub's pages of Qwen2.5-1.5B and -3B, Qwen2-0.5B
+and -72B, and Qwen2.5-72B-Instruct, and Meta's licence file of Llama 3.1, by which a distributed model that was made
+from it has a name that begins with "Llama". Not confirmed: the other sizes of Qwen2, of which an announcement, seen in
+quotations alone, says Apache-2.0, and the terms of Llama's other versions.
 
 | class | layout | published | licence | written too | verified, on random weights |
 | --- | --- | --- | --- | --- | --- |
