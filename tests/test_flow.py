@@ -2,12 +2,13 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from psvae import PrefixCache
-from psvae.errors import ConfigError, ShapeError
+from psvae.errors import ConfigError, DtypeError, ShapeError
 from psvae.flow import (
     Guidance,
     add_noise,
@@ -67,6 +68,18 @@ def test_the_shift_by_hand():
     sigmas = torch.rand(9, generator=seeded())
     torch.testing.assert_close(shift_sigmas(shift_sigmas(sigmas, 3.0), 1 / 3), sigmas)
     assert shift_sigmas(sigmas, 1.0).equal(sigmas)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shift", [dimension_shift(96, 1, 256), 6.928, 3.0, 1 / 3, 1e-6, 1e6])
+def test_the_shift_stays_within_0_and_1(shift, dtype):
+    """`sample` takes no σ above 1, not by one rounding either."""
+    sigmas = torch.linspace(0, 1, 1001, dtype=dtype)
+    shifted = shift_sigmas(sigmas, shift)
+    assert shifted.dtype == dtype
+    assert (shifted[0], shifted[-1]) == (0, 1)
+    assert (shifted.min(), shifted.max()) == (0, 1)
+    sample(toy, latents(1), shift_sigmas(torch.linspace(1, 0, 3), shift))
 
 
 def test_the_mirrored_shift():
@@ -342,6 +355,12 @@ class Calls:
         return self.model(x, sigmas, prefix)
 
 
+def empty(batch, next_position=0):
+    """A prefix of no model."""
+    nothing = torch.empty(1, batch, 1, 0, 8)
+    return PrefixCache(nothing, nothing, None, torch.full((batch,), next_position))
+
+
 def branches(model):
     """Of one edit for each of two items; their lengths differ, and those of the two instructions too."""
     ids, source = words(2, 7), latents(2, 2, 3, seed=9)
@@ -377,6 +396,71 @@ def test_batched_branches_equal_sequential_ones(guidance):
     torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=5e-5)  # the scale multiplies rounding too
     assert one_by_one.equal(by_hand)
     assert (together - model(x, sigmas, prefixes["full"]).sample).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
+def test_the_interval_is_asked_item_by_item(order, batched):
+    """An item's σ decides, not that of the batch's first."""
+    model, guidance = tiny_model(), Guidance(interval=(0.2, 0.8))
+    x, ids, sigmas = latents(3)[order], words(3)[order], torch.tensor([0.1, 0.5, 0.9])[order]
+    with torch.no_grad():
+        prefixes = {"full": model.encode_prefix(ids), "empty": PrefixCache.empty(model.config, 3)}
+        full, empty = (model(x, sigmas, prefixes[name]).sample for name in ("full", "empty"))
+        got = guided(model, prefixes, guidance, batched=batched)(x, sigmas)
+    inside, both = (sigmas == 0.5).view(-1, 1, 1, 1), classifier_free(full, empty, 6.5)
+    wanted = torch.where(inside, both, full)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=5e-5)
+    assert (both - full).abs().amax((1, 2, 3)).min() > 1e-2
+
+
+def test_the_whole_interval_reads_no_sigma():
+    """Reading σ waits for the device; a tensor without numbers cannot be read."""
+    calls = []
+
+    def model(x, sigmas, prefix):
+        calls.append(x.shape)
+        return SimpleNamespace(sample=x)
+
+    x, sigmas = latents(2).to("meta"), torch.ones(2, device="meta")
+    for interval in ((0.0, 1.0), (0.2, 0.8)):
+        velocity = guided(model, {name: empty(2) for name in ("full", "empty")}, Guidance(interval=interval))
+        assert velocity(x, sigmas).shape == x.shape
+    assert calls == [(4, *x.shape[1:])] * 2
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.8)])
+def test_guidance_is_one_graph(interval):
+    def model(x, sigmas, prefix):
+        return SimpleNamespace(sample=torch.sin(x) * sigmas.view(-1, 1, 1, 1) + prefix.next_position.sum())
+
+    prefixes = {name: empty(2, start) for start, name in enumerate(("full", "empty"))}
+    velocity = guided(model, prefixes, Guidance(interval=interval), batched=False)
+    x, sigmas = latents(2), torch.tensor([0.5, 0.9])
+    torch.testing.assert_close(torch.compile(velocity, fullgraph=True)(x, sigmas), velocity(x, sigmas))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("guidance", [None, Guidance(1.0), Guidance(1.0, image_scale=1.0, form="additive")])
+def test_without_guidance_one_branch_is_enough(guidance, batched):
+    model = Calls(tiny_model())
+    prefix, x, sigmas = branches(model.model)["full"], latents(2), torch.tensor([0.3, 0.7])
+    velocity = guided(model, {"full": prefix}, guidance, batched=batched)
+    with torch.no_grad():
+        assert velocity(x, sigmas).equal(model.model(x, sigmas, prefix).sample)
+    assert model.items == [2]
+    assert sample(velocity, x, sigma_schedule(2)).shape == x.shape
+    assert guidance is None or guidance.branches == ("full",)
+
+
+def test_a_scale_of_one_is_no_guidance():
+    """What is left out would change nothing."""
+    full, image, other = three()
+    torch.testing.assert_close(classifier_free(full, other, 1.0), Guidance(1.0).combine(full))
+    for form in ("nested", "additive"):
+        left_out = dual_guidance(full, image, other, text_scale=1.0, image_scale=1.0, form=form)
+        torch.testing.assert_close(left_out, Guidance(1.0, image_scale=1.0, form=form, renorm="global").combine(full))
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -479,7 +563,7 @@ def test_jit_on_a_linear_toy():
 # Errors
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("shift", [0.0, -1.0, float("nan"), float("inf")])
 def test_shift_must_be_positive(shift):
     for call in (
         lambda: shift_sigmas(torch.rand(3), shift),
@@ -490,10 +574,17 @@ def test_shift_must_be_positive(shift):
             call()
 
 
-@pytest.mark.parametrize("num_steps", [0, -3])
+@pytest.mark.bad_input
+@pytest.mark.parametrize("num_steps", [0, -3, 4.0, "4"])
 def test_at_least_one_step(num_steps):
-    with pytest.raises(ConfigError, match=f"num_steps is {num_steps}; wanted at least 1"):
+    with pytest.raises(ConfigError, match=f"num_steps is {num_steps!r}; wanted a whole number, at least 1"):
         sigma_schedule(num_steps)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, -1.0), (0.0, math.nan), (0.0, math.inf), (math.nan, 1.0)])
+def test_the_spread_of_sampled_sigmas(mean, std):
+    with pytest.raises(ConfigError, match=f"mean is {mean!r} and std {std!r}; wanted finite numbers, std at least 0"):
+        sample_sigmas(3, mean=mean, std=std)
 
 
 @pytest.mark.parametrize(
@@ -523,6 +614,123 @@ def test_sigmas_must_be_one_row():
 
 
 @pytest.mark.bad_input
+def test_sigmas_must_be_a_tensor():
+    with pytest.raises(DtypeError, match=r"sigmas came as list; wanted a torch.Tensor, as sigma_schedule"):
+        sample(toy, latents(2), [1.0, 0.5, 0.0])
+
+
+ON_SIGMA = {
+    "add_noise": lambda sigmas: add_noise(latents(2), latents(2, seed=1), sigmas),
+    "clean_latents": lambda sigmas: clean_latents(latents(2), latents(2, seed=1), sigmas),
+    "velocity_from_clean": lambda sigmas: velocity_from_clean(latents(2), latents(2, seed=1), sigmas),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("call", ON_SIGMA)
+@pytest.mark.parametrize(
+    ("sigmas", "error", "said"),
+    [
+        (0.5, DtypeError, "sigmas came as float"),
+        ([0.5, 0.5], DtypeError, "sigmas came as list"),
+        (torch.tensor([0, 1]), DtypeError, "sigmas came as torch.int64"),
+        (torch.tensor(0.5), ShapeError, r"sigmas have shape \(\)"),
+        (torch.tensor([0.5]), ShapeError, r"sigmas have shape \(1,\)"),
+        (torch.full((2, 1, 1, 1), 0.5), ShapeError, r"sigmas have shape \(2, 1, 1, 1\)"),
+        (torch.full((4,), 0.5), ShapeError, r"sigmas have shape \(4,\)"),
+    ],
+    ids=["number", "list", "integers", "no axis", "one of two", "column", "four of two"],
+)
+def test_one_sigma_for_each_item(call, sigmas, error, said):
+    wanted = r"; wanted one σ for each item, floating point, shape \(2,\): torch.full\(\(2,\), sigma\)"
+    with pytest.raises(error, match=said + wanted):
+        ON_SIGMA[call](sigmas)
+
+
+@pytest.mark.parametrize("call", ["add_noise", "clean_latents"])
+@pytest.mark.parametrize("high", [500.0, 1.0001, -0.1, math.nan, math.inf])
+def test_sigma_lies_within_0_and_1(call, high):
+    with pytest.raises(ShapeError, match=r"sigmas span .* wanted σ in \[0, 1\], 1 for noise: .* divided by 1000"):
+        ON_SIGMA[call](torch.tensor([0.5, high]))
+
+
+PAIRS = {
+    "add_noise": lambda a, b: add_noise(a, b, torch.full((2,), 0.5)),
+    "clean_latents": lambda a, b: clean_latents(a, b, torch.full((2,), 0.5)),
+    "velocity_from_clean": lambda a, b: velocity_from_clean(a, b, torch.full((2,), 0.5)),
+    "velocity_target": velocity_target,
+    "flow_loss of the noise": lambda a, b: flow_loss(a, a, b),
+    "flow_loss of the velocity": lambda a, b: flow_loss(b, a, a),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("call", PAIRS)
+def test_nothing_broadcasts(call):
+    x = latents(2)
+    for other in (x[:1], x[0], x.mean(1, keepdim=True), x.mT[..., :1]):
+        with pytest.raises(
+            ShapeError, match=r"the shapes differ: .*\(2, 8, 4, 4\).*; wanted one: nothing is broadcast"
+        ):
+            PAIRS[call](x, other)
+    with pytest.raises(DtypeError, match=r"came as torch.int64; wanted a floating-point torch.Tensor"):
+        PAIRS[call](x, torch.ones_like(x, dtype=torch.long))
+    with pytest.raises(DtypeError, match=r"came as NoneType; wanted a floating-point torch.Tensor"):
+        PAIRS[call](x, None)
+
+
+def test_halves_and_singles_mix():
+    x, noise, sigmas = latents(2), latents(2, seed=1), torch.full((2,), 0.5)
+    assert add_noise(x.bfloat16(), noise, sigmas).shape == x.shape
+    assert flow_loss(x.bfloat16(), x, noise).dtype == torch.float32
+
+
+@pytest.mark.bad_input
+def test_noise_is_floating_point():
+    with pytest.raises(DtypeError, match=r"noise came as torch.int64; wanted a floating-point torch.Tensor"):
+        sample(toy, torch.ones(2, 8, 4, 4, dtype=torch.long), sigma_schedule(2))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("other", [lambda x: x[:1], lambda x: x[:, :4], lambda x: x.flatten(1)])
+def test_the_velocity_has_the_shape_of_the_latents(other, solver):
+    with pytest.raises(ShapeError, match=r"the shapes differ: latents \(2, 8, 4, 4\), velocity \("):
+        sample(lambda x, _: other(x), latents(2), sigma_schedule(2), solver=solver)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_velocity_is_finite(value):
+    def velocity(x, sigmas):
+        return x.masked_fill(sigmas.view(-1, 1, 1, 1) < 0.5, value)
+
+    with pytest.raises(ShapeError, match=r"the samples hold NaN or infinity; .* the noise or a velocity"):
+        sample(velocity, latents(2), sigma_schedule(4))
+    with pytest.raises(ShapeError, match="the samples hold NaN or infinity"):
+        sample(toy, latents(2).masked_fill(latents(2) > 1, value), sigma_schedule(4))
+
+
+@pytest.mark.bad_input
+def test_a_model_is_no_velocity():
+    model = tiny_model()
+    with pytest.raises(
+        DtypeError, match=r"a DeepFusionOutput; wanted a tensor: guided\(model, \{'full': prefix\}, None"
+    ):
+        sample(model, latents(2), sigma_schedule(2))
+
+
+@pytest.mark.compile
+def test_the_checks_break_no_graph():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def step(x, noise, sigmas):
+        noisy = add_noise(x, noise, sigmas)
+        velocity = velocity_from_clean(noisy, clean_latents(noisy, noise - x, sigmas), sigmas)
+        return flow_loss(velocity, x, noise)
+
+    for batch in (2, 3, 5):
+        assert step(latents(batch), latents(batch, seed=1), torch.full((batch,), 0.5)) < 1e-6
+
+
+@pytest.mark.bad_input
 def test_misspelt_choices():
     full, image, other = three()
     with pytest.raises(ConfigError, match="reduction is 'sum'; wanted 'mean' or 'none'"):
@@ -549,6 +757,29 @@ def test_a_missing_branch(guidance, given, lost):
     prefixes = {name: prefix for name, prefix in branches(model).items() if name in given}
     with pytest.raises(ConfigError, match=f"guidance needs the prefixes {', '.join(guidance.branches)}; {lost}"):
         guided(model, prefixes, guidance)
+
+
+@pytest.mark.bad_input
+def test_a_branch_that_is_none():
+    model = tiny_model()
+    prefixes = branches(model) | {"empty": None}
+    with pytest.raises(ConfigError, match="guidance needs the prefixes full, empty; empty is missing"):
+        guided(model, prefixes, Guidance())
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_branches_are_of_one_batch(batched):
+    """3 + 1 is twice 2 as well."""
+    model = tiny_model()
+    with torch.no_grad():
+        prefixes = {"full": model.encode_prefix(words(3)), "empty": PrefixCache.empty(model.config, 1)}
+    with pytest.raises(ShapeError, match="the prefixes are for batches of unequal size: full 3, empty 1; wanted one"):
+        guided(model, prefixes, Guidance(), batched=batched)
+    prefixes["empty"] = PrefixCache.empty(model.config, 3)
+    with pytest.raises(
+        ShapeError, match=r"the prefixes are for a batch of 3; wanted 2, as the latents: .*repeat_inter"
+    ):
+        guided(model, prefixes, Guidance(), batched=batched)(latents(2), torch.full((2,), 0.5))
 
 
 @pytest.mark.bad_input
