@@ -177,17 +177,18 @@ def rms(x, weight):
 # RAE
 
 
-def rae_weights(trunk, depth, seed=2):
+def rae_weights(trunk, depth, seed=2, patch=1):
     """Under the names of RAE's stage-2 file: ``trunk`` blocks of its own generator, then the head's."""
-    h, w = RAE_TRUNK, RAE_WIDTH
+    h, w, p = RAE_TRUNK, RAE_WIDTH, patch
     shapes = {
-        "pos_embed": (1, 16, h), "s_embedder.proj.weight": (h, Z, 1, 1), "s_embedder.proj.bias": (h,),
-        "x_embedder.proj.weight": (w, Z, 1, 1), "x_embedder.proj.bias": (w,), "s_projector.weight": (w, h),
+        "pos_embed": (1, 16, h), "s_embedder.proj.weight": (h, Z, p, p), "s_embedder.proj.bias": (h,),
+        "x_embedder.proj.weight": (w, Z, p, p), "x_embedder.proj.bias": (w,), "s_projector.weight": (w, h),
         "s_projector.bias": (w,), "t_embedder.W": (256,), "t_embedder.mlp.0.weight": (h, 512),
         "t_embedder.mlp.0.bias": (h,), "t_embedder.mlp.2.weight": (h, h), "t_embedder.mlp.2.bias": (h,),
         "y_embedder.embedding_table.weight": (11, h), "enc_feat_rope.freqs_cos": (16, 24),
         "enc_feat_rope.freqs_sin": (16, 24), "dec_feat_rope.freqs_cos": (16, 32), "dec_feat_rope.freqs_sin": (16, 32),
-        "final_layer.norm_final.weight": (w,), "final_layer.linear.weight": (Z, w), "final_layer.linear.bias": (Z,),
+        "final_layer.norm_final.weight": (w,), "final_layer.linear.weight": (p * p * Z, w),
+        "final_layer.linear.bias": (p * p * Z,),
         "final_layer.adaLN_modulation.1.weight": (2 * w, w), "final_layer.adaLN_modulation.1.bias": (2 * w,),
     }  # fmt: skip
     for i in range(trunk + depth):
@@ -212,9 +213,12 @@ def rae_head(weights, latents, s, t, *, first, depth, heads, theta):
     def modulation(name, count):
         return linear(F.silu(s), f"{name}.adaLN_modulation.1").chunk(count, dim=-1)
 
-    _, C, h, w = latents.shape
+    kernel = weights["x_embedder.proj.weight"]
+    p = kernel.shape[-1]
     s = linear(F.silu(t[:, None] + s), "s_projector")
-    x = linear(torch.einsum("bchw->bhwc", latents).reshape(len(latents), h * w, C), "x_embedder.proj")
+    x = F.conv2d(latents, kernel, weights["x_embedder.proj.bias"], stride=p)
+    h, w = x.shape[2:]
+    x = torch.einsum("bchw->bhwc", x).reshape(len(latents), h * w, -1)
     for i in range(first, first + depth):
         name = f"blocks.{i}"
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(name, 6)
@@ -225,7 +229,8 @@ def rae_head(weights, latents, s, t, *, first, depth, heads, theta):
         x = x + gate2 * linear(F.silu(first_half) * second_half, f"{name}.mlp.w3")
     shift, scale = modulation("final_layer", 2)
     x = linear(rms(x, weights["final_layer.norm_final.weight"]) * (1 + scale) + shift, "final_layer.linear")
-    return torch.einsum("bnc->bcn", x).reshape(latents.shape)
+    x = x.reshape(len(latents), h, w, p, p, latents.shape[1])
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(latents.shape)
 
 
 def rae_attention(qkv, heads, grid, theta):

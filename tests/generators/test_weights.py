@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 import transformers
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 
 from psvae import DeepFusionDiT, PrefixCache
@@ -365,34 +366,37 @@ def head_model(depth=2, **fields):
     return DeepFusionDiT(
         DeepFusionDiT.config_class(
             in_channels=Z, hidden_size=48, num_layers=1, num_attention_heads=4, num_key_value_heads=2,
-            attention_head_dim=12, intermediate_size=32, vocab_size=8, head_num_heads=2, head_depth=depth,
-            head_intermediate_size=170, **{"head_width": 64, "head_final_modulation": True, **fields},
+            attention_head_dim=12, intermediate_size=32, vocab_size=8, head_depth=depth, head_intermediate_size=170,
+            **{"head_width": 64, "head_num_heads": 2, "head_final_modulation": True, **fields},
         )
     ).eval()  # fmt: skip
 
 
+@pytest.mark.parametrize("patch", [1, 2])
 @pytest.mark.parametrize("theta", [10000.0, 100.0])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("trunk", [0, 3])
-def test_rae_head_computes_what_rae_does(depth, trunk, theta, tmp_path):
-    weights = rae_weights(trunk=trunk, depth=depth)
+def test_rae_head_computes_what_rae_does(depth, trunk, theta, patch, tmp_path):
+    weights = rae_weights(trunk=trunk, depth=depth, patch=patch)
     save_file(weights, tmp_path / "stage2.safetensors")
-    model = head_model(depth, head_rope_theta=theta)
+    model = head_model(depth, head_rope_theta=theta, patch_size=patch)
     before = {name: x.clone() for name, x in model.state_dict().items() if not name.startswith("head.")}
     model.load_rae_head(tmp_path / "stage2.safetensors")
     assert_equal([model.state_dict()[name] for name in before], before.values())
-    x, trunk_tokens, time = latents(2, 3, 5), torch.randn(2, 15, 48), torch.randn(2, 48)
+    x, trunk_tokens, time = latents(2, 3 * patch, 5 * patch), torch.randn(2, 15, 48), torch.randn(2, 48)
+    patches = "B Z (h p) (w q) -> B (h w) (p q Z)"
     with torch.no_grad():
-        got = model.head(x.flatten(2).mT, trunk_tokens, time, (3, 5), "sdpa")
+        got = model.head(rearrange(x, patches, p=patch, q=patch), trunk_tokens, time, (3, 5), "sdpa")
         wanted = rae_head(weights, x, trunk_tokens, time, first=trunk, depth=depth, heads=2, theta=theta)
     assert wanted.std() > 0.1
-    torch.testing.assert_close(got.mT.reshape(x.shape), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, rearrange(wanted, patches, p=patch, q=patch), rtol=1e-5, atol=1e-5)
 
 
-def test_rae_head_goes_back_bit_for_bit(tmp_path):
-    weights = rae_weights(trunk=0, depth=2)
+@pytest.mark.parametrize("patch", [1, 2])
+def test_rae_head_goes_back_bit_for_bit(patch, tmp_path):
+    weights = rae_weights(trunk=0, depth=2, patch=patch)
     save_file(weights, tmp_path / "in.safetensors")
-    model = head_model()
+    model = head_model(patch_size=patch)
     model.load_rae_head(tmp_path / "in.safetensors")
     model.export_rae_head(tmp_path / "out.safetensors")
     back = load_file(tmp_path / "out.safetensors")
@@ -400,7 +404,7 @@ def test_rae_head_goes_back_bit_for_bit(tmp_path):
     ours = {name: x for name, x in ours.items() if "_rope" not in name}
     assert set(back) == set(ours)
     assert_equal([back[name] for name in ours], ours.values())
-    twin = head_model()
+    twin = head_model(patch_size=patch)
     twin.load_rae_head(tmp_path / "out.safetensors")
     assert_equal(twin.head.state_dict().values(), model.head.state_dict().values())
 
@@ -420,6 +424,7 @@ def test_rae_head_of_the_trunks_width_has_no_projection(tmp_path):
         ({"in_channels": Z + 1}, "x_embedder.proj.weight"),
         ({"hidden_size": 52}, "s_projector.weight is (64, 48), wanted (64, 52)"),
         ({"head_intermediate_size": 171}, "mlp.w12.weight"),
+        ({"in_channels": Z // 4, "patch_size": 2}, "x_embedder.proj.weight is (64, 8, 1, 1)"),
     ],
 )
 def test_rae_head_of_another_geometry_is_refused(fields, says, tmp_path):
@@ -431,6 +436,19 @@ def test_rae_head_of_another_geometry_is_refused(fields, says, tmp_path):
         model.load_rae_head(tmp_path / "stage2.safetensors")
     assert says in str(caught.value)
     assert_equal(model.state_dict().values(), before.values())
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8])
+def test_rae_head_of_another_number_of_heads_is_refused(heads, tmp_path):
+    """No weight's shape tells it; the table of rotary positions does."""
+    weights = rae_weights(trunk=1, depth=2)
+    save_file(weights, tmp_path / "stage2.safetensors")
+    model = head_model(head_num_heads=heads)
+    with pytest.raises(CheckpointError, match=f"head_num_heads is {heads}; wanted 2, the file's table of rotary"):
+        model.load_rae_head(tmp_path / "stage2.safetensors")
+    untold = {name: x for name, x in weights.items() if "_rope" not in name}
+    save_file(untold, tmp_path / "untold.safetensors")
+    model.load_rae_head(tmp_path / "untold.safetensors")
 
 
 def test_linear_head_is_not_raes(tmp_path):

@@ -1,4 +1,7 @@
-"""RAE's wide head (DiT-DH), inside its stage-2 checkpoint, and our `WideHead`."""
+"""RAE's wide head (DiT-DH), inside its stage-2 checkpoint, and our `WideHead`.
+
+Theirs is of patch 1; of a larger one, the kernel is that of their `PatchEmbed`, as in RAEv2.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,18 +40,30 @@ def _blocks(header: Header) -> int:
     return len({name.split(".")[1] for name in header if name.startswith("blocks.")})
 
 
+def _check_heads(heads: int, header: Header) -> None:
+    """How wide a head is: no weight's shape tells it, their table of rotary positions does, where it is there."""
+    table, kernel = header.get("dec_feat_rope.freqs_cos"), header.get("x_embedder.proj.weight")
+    if table and kernel and table[-1] * heads != kernel[0]:
+        raise CheckpointError(
+            f"head_num_heads is {heads}; wanted {kernel[0] // max(table[-1], 1)}, the file's table of rotary positions "
+            f"has heads of {table[-1]} in a width of {kernel[0]}"
+        )
+
+
 def _rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, Rule]:
+    _check_heads(config["head_num_heads"], header)
     first = max(0, _blocks(header) - config["head_depth"])  # the head's blocks are the last ones
-    return {key: _rule(key, first, config["head_num_heads"]) for key in keys}
+    return {key: _rule(key, first, config["head_num_heads"], config["patch_size"]) for key in keys}
 
 
-def _rule(key: str, first: int, heads: int) -> Rule:
+def _rule(key: str, first: int, heads: int, patch: int) -> Rule:
     part, leaf = key.rsplit(".", 1)
-    if part == "embed" and leaf == "weight":  # their 1×1 convolution
+    if part == "embed" and leaf == "weight":  # their convolution
+        sides = {"p": patch, "q": patch}
         return Rule(
             (f"{TOP[part]}.{leaf}",),
-            load=lambda x: x.flatten(1),
-            save=lambda names, x: {names[0]: x[:, :, None, None]},
+            load=lambda x: rearrange(x, "w Z p q -> w (p q Z)", **sides),
+            save=lambda names, x: {names[0]: rearrange(x, "w (p q Z) -> w Z p q", **sides)},
         )
     if part in TOP:
         return Rule((f"{TOP[part]}.{leaf}",))
