@@ -124,7 +124,7 @@ KNOWN = {
     ),
     "BAGEL": Facts(
         (('ByteDance-Seed/BAGEL-7B-MoT, `file="ema.safetensors"`', "Apache-2.0"),),
-        "the velocity, with and without a source image, equals BAGEL's equations, written out in the tests, to 1e-5",
+        "names, and each token's equations, written out in the tests, to 1e-5; **not** BAGEL's sequence, see below",
         GENERATORS,
     ),
     "a transformers language model": Facts(
@@ -200,10 +200,13 @@ any other decoder, conditions a generator of `fusion="prefix"` through `PrefixCa
 
 BAGEL's configuration does not tell the transformer's sizes: they are read off the shapes, with its `patch_size` of 2.
 Its vision encoder, connector and language head are not read; its position table is computed. Its VAE is FLUX.1's.
+BAGEL puts a start and an end token inside the segment of each image, clean or noisy, and shows a source to its vision
+encoder too; the sequence here has neither, so its weights begin a training and do not generate what BAGEL does.
 
 The head of RAE's DiT-DH-XL reads 768 channels and a trunk 1152 wide, and modulates its last norm: it fits a
 `DeepFusionDiTConfig` with `in_channels=768`, `hidden_size=1152` and `head_final_modulation=True`. RAE's trunk is not
-read.
+read. No weight's shape tells `head_num_heads`, which orders queries and keys: it is compared with the file's table of
+rotary positions, and taken on trust where a file lacks that.
 """
 
 

@@ -1,7 +1,8 @@
 """Others' models in small: language models of transformers, BAGEL's transformer and RAE's head, written a second time.
 
 BAGEL and RAE are plain functions of a dict of tensors under their own names, for one item and head by head, from what
-their papers and code say they compute.
+their papers and code say they compute. BAGEL's sequence is simplified as ours is: its code puts a start and an end
+token, in the text's weights, inside each image's segment, and the tokens of its vision encoder before a source's.
 """
 
 import numpy as np

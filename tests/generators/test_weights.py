@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from psvae import DeepFusionDiT, PrefixCache
 from psvae.errors import CheckpointError, ConfigError, PSVAEError
+from psvae.hub.keymaps.bagel import BAGEL
+from psvae.hub.keymaps.llm import LANGUAGE_MODEL
 from tests.base import assert_equal
 from tests.generators.foreign import Z, bagel_forward, bagel_weights, language_model, rae_head, rae_weights
 from tests.tiny import latents
@@ -184,7 +186,6 @@ def test_the_rest_is_fresh_and_the_velocity_zero(tmp_path):
         ({"num_layers": 3}, "missing: model.layers.2"),
         ({"num_key_value_heads": 4}, "of another shape"),
         ({"intermediate_size": 100}, "mlp.gate_proj.weight"),
-        ({"qk_norm": True}, "missing: model.layers.0.self_attn.q_norm.weight"),
     ],
 )
 def test_another_geometry_is_refused(fields, says, tmp_path):
@@ -193,6 +194,63 @@ def test_another_geometry_is_refused(fields, says, tmp_path):
     with pytest.raises(CheckpointError, match="do not fit its configuration; nothing was loaded") as caught:
         DeepFusionDiT.from_llm(tmp_path, **FRESH, **fields)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("fusion", ["shared", "mot"])
+@pytest.mark.parametrize(("name", "has"), [("qwen2", False), ("qwen3", True)])
+def test_norms_of_q_and_k_are_the_language_models(name, has, fusion, tmp_path):
+    """A norm of weight 1 is no identity: with one more, or one less, the text would be another."""
+    kind(name).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        DeepFusionDiT.from_llm(tmp_path, qk_norm=not has, fusion=fusion, **FRESH)
+    assert f"qk_norm is {not has}; wanted {has}: the language model has {'' if has else 'no '}norms of queries" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("headed", [True, False])
+def test_without_an_embedding_words_come_embedded(headed, tmp_path):
+    hf = kind("qwen3")
+    (T.Qwen3ForCausalLM(hf.config) if headed else hf).save_pretrained(tmp_path)
+    bare, whole = (DeepFusionDiT.from_llm(tmp_path, **fields, **FRESH) for fields in ({"vocab_size": None}, {}))
+    assert bare.embed_tokens is None
+    with torch.no_grad():
+        embedded = whole.embed_tokens(words())
+        got, wanted = bare.encode_prefix(inputs_embeds=embedded), whole.encode_prefix(words())
+    assert got.keys.equal(wanted.keys)
+    assert got.values.equal(wanted.values)
+
+
+def assert_goes_back(layout, model, state, source):
+    """The key map's other direction gives each of the file's tensors, and no others."""
+    header = {name: tuple(x.shape) for name, x in source.items()}
+    theirs = {}
+    for key, rule in layout.rules(list(state), model.config.to_dict(), header).items():
+        theirs |= rule.save(rule.theirs, state[key])
+    wanted = {
+        name: x for name, x in source.items() if not name.startswith(layout.unneeded(model.config.to_dict(), header))
+    }
+    assert set(theirs) == set(wanted)
+    assert_equal([theirs[name] for name in wanted], wanted.values())
+
+
+@pytest.mark.parametrize("headed", [True, False])
+@pytest.mark.parametrize("name", KINDS)
+def test_language_model_goes_back_bit_for_bit(name, headed, tmp_path):
+    hf = kind(name)
+    (T.AutoModelForCausalLM.from_config(hf.config) if headed else hf).save_pretrained(tmp_path)
+    model = DeepFusionDiT.from_llm(tmp_path, **FRESH)
+    text = {key: x for key, x in model.state_dict().items() if key.startswith(("embed_tokens.", "layers.", "norm."))}
+    assert_goes_back(LANGUAGE_MODEL, model, text, load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.bad_input
+def test_weights_in_memory_are_saved_first():
+    hf = kind("qwen2")
+    for given in (hf, hf.state_dict()):
+        for load in (DeepFusionDiT.from_llm, DeepFusionDiT.from_pretrained, head_model().load_rae_head):
+            with pytest.raises(CheckpointError, match=f"{type(given).__name__} came; wanted a folder, a file or a Hub"):
+                load(given)
 
 
 def test_prefix_fusion_takes_no_weights(tmp_path):
@@ -320,7 +378,8 @@ def test_bagel_is_read(by_name, tmp_path):
 
 
 @pytest.mark.parametrize("has_source", [True, False])
-def test_bagel_computes_what_bagel_does(has_source, tmp_path):
+def test_bagel_computes_what_its_equations_do(has_source, tmp_path):
+    """Token by token, on a sequence without the tokens that begin and end an image in BAGEL's own."""
     weights = bagel_weights()
     model = DeepFusionDiT.from_pretrained(bagel_folder(tmp_path, weights), file="ema.safetensors")
     x, sigma, source = latents(1, 4, 6), torch.tensor([0.4]), latents(1, 6, 4, seed=2)
@@ -351,6 +410,19 @@ def test_bagel_without_a_tensor_names_it(name, tmp_path):
         DeepFusionDiT.from_pretrained(bagel_folder(tmp_path, weights), file="ema.safetensors")
     assert name in str(caught.value)
     assert "missing" in str(caught.value)
+
+
+def test_bagel_goes_back_bit_for_bit(tmp_path):
+    weights = bagel_weights()
+    model = DeepFusionDiT.from_pretrained(bagel_folder(tmp_path, weights), file="ema.safetensors")
+    assert_goes_back(BAGEL, model, model.state_dict(), weights)
+
+
+def test_bagel_of_another_patch_is_refused(tmp_path):
+    weights = bagel_weights()
+    weights["vae2llm.weight"] = weights["vae2llm.weight"][:, :-1].contiguous()
+    with pytest.raises(CheckpointError, match=r"vae2llm.weight is \(48, 31\); wanted \(D, 4 Z\), BAGEL's patch is 2"):
+        DeepFusionDiT.from_pretrained(bagel_folder(tmp_path, weights), file="ema.safetensors")
 
 
 def test_bagel_with_a_stranger_names_it(tmp_path):

@@ -1,4 +1,8 @@
-"""BAGEL (ByteDance-Seed/Bagel): two sets of blocks, the images' under the suffix ``_moe_gen``."""
+"""BAGEL (ByteDance-Seed/Bagel): two sets of blocks, the images' under the suffix ``_moe_gen``.
+
+Its weights begin a generator; they do not make one generate as BAGEL does, which puts a start and an end token inside
+each image's segment, and shows a source to a vision encoder too.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,9 +44,13 @@ def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
     layer = f"{MODEL}layers.0."
     d = shape(f"{layer}self_attn.q_norm{GEN}.weight", 1)[0]
     vocab, width = shape(f"{MODEL}embed_tokens.weight", 2)
-    patch_channels, patch = shape("vae2llm.weight", 2)[1], 2  # BAGEL's latent_patch_size; override if it is another
+    found, patch = shape("vae2llm.weight", 2), 2  # BAGEL's latent_patch_size; override if it is another
+    if found[1] % patch**2:
+        raise CheckpointError(
+            f"vae2llm.weight is {found}; wanted (D, {patch**2} Z), BAGEL's patch is {patch} x {patch}"
+        )
     return {
-        "in_channels": patch_channels // patch**2,
+        "in_channels": found[1] // patch**2,
         "patch_size": patch,
         "fusion": "mot",
         "hidden_size": width,

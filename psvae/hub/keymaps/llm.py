@@ -45,7 +45,7 @@ def _recognise(config: Json | None, header: Header) -> bool:
 
 def _root(header: Header) -> str:
     """``model.`` where the file is of a model with a language head."""
-    return "model." if any(name.startswith("model.") for name in header) or not header else ""
+    return "model." if any(name.startswith("model.") for name in header) else ""
 
 
 def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
@@ -87,17 +87,27 @@ def _read_config(config: Json | None, header: Header) -> dict[str, Any]:
 
 
 def _rules(keys: Sequence[str], config: Json, header: Header) -> dict[str, Rule]:
-    root = _root(header)
+    root, has = _root(header), any(".q_norm." in name for name in header)
+    if config["qk_norm"] != has:
+        raise CheckpointError(
+            f"qk_norm is {config['qk_norm']}; wanted {has}: the language model has {'' if has else 'no '}norms of "
+            "queries and keys, and its text would be another"
+        )
     return {key: _rule(key, root, config) for key in keys}
 
 
 def _rule(key: str, root: str, config: Json) -> Rule:
-    if not key.startswith(("layers.", "image_layers.")):
-        return Rule((f"{root}{key.removeprefix('image_')}",))  # embed_tokens, norm
+    if not key.startswith("layers."):
+        return Rule((f"{root}{key}",))  # embed_tokens, norm
     _, index, rest = key.split(".", 2)
     part, leaf = rest.rsplit(".", 1)
     theirs = tuple(f"{root}layers.{index}.{name}.{leaf}" for name in PARTS[part])
     return block_rule(part, theirs, config)
 
 
-LANGUAGE_MODEL = Format("a transformers language model", _recognise, _read_config, _rules, ignored=("lm_head.",))
+def _ignored(config: Json, header: Header) -> tuple[str, ...]:
+    """The head, and the embedding too where words come embedded."""
+    return ("lm_head.",) if config["vocab_size"] else ("lm_head.", f"{_root(header)}embed_tokens.")
+
+
+LANGUAGE_MODEL = Format("a transformers language model", _recognise, _read_config, _rules, _ignored)
