@@ -1,6 +1,6 @@
 """The parts of `DeepFusionDiT`, of its configuration, and their first weights."""
 
-from typing import Any
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from psvae.generators.head import LinearHead, WideHead
 from psvae.generators.text import TextProjection
 from psvae.nn.decoder import DecoderBlock
 
-__all__ = ["decoder_blocks", "head_of", "initialise", "text_projections"]
+__all__ = ["decoder_blocks", "freeze_dead_ends", "head_of", "initialise", "text_projections"]
 
 
 def decoder_blocks(config: DeepFusionDiTConfig) -> nn.ModuleList:
@@ -49,20 +49,38 @@ def head_of(config: DeepFusionDiTConfig) -> LinearHead | WideHead:
     )  # fmt: skip
 
 
-def initialise(model: Any) -> None:
-    """Blocks as a language model's (std 0.02), new layers Xavier, modulations and the last layer zero (RAE, BAGEL)."""
+def initialise(model: nn.Module, *, new: Iterable[nn.Module], head: nn.Module) -> None:
+    """First weights.
+
+    Blocks and words as a language model's and the embedding of σ as DiT's (std 0.02), other new layers Xavier, biases,
+    modulations and the head's last layer zero (RAE, BAGEL).
+
+    Args:
+        new: of ``model``, layers that no language model and no DiT has.
+        head: of ``model``.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.embed_latents.weight)
-    for name, module in model.head.named_modules():
+    for part in new:
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+    for name, module in head.named_modules():
         if isinstance(module, nn.Linear):
             zero = name.endswith(("modulation", "out"))
             (nn.init.zeros_ if zero else nn.init.xavier_uniform_)(module.weight)
-    if model.config.fusion == "mot":
-        # the text's last tokens lead nowhere but to `encode_text`: DDP would wait for their gradients
-        last = model.layers[-1]
-        for unused in (last.proj, last.norm2, last.mlp, last.q_norm, model.norm):
-            unused.requires_grad_(False)
+
+
+def freeze_dead_ends(layers: nn.ModuleList, norm: nn.Module) -> None:
+    """Of a text branch of its own, what the velocity does not depend on.
+
+    Images read the text's keys and values, the last block's are made of ``norm1`` and ``qkv``: what follows them
+    there leads to `DeepFusionDiT.encode_text` alone. Without gradients, it would make DDP wait or raise.
+    """
+    last = layers[-1]
+    for name in ("proj", "norm2", "mlp", "q_norm"):
+        last.get_submodule(name).requires_grad_(False)
+    norm.requires_grad_(False)

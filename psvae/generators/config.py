@@ -23,10 +23,13 @@ class DeepFusionDiTConfig(Config):
         patch_size: latent cells per token, on each axis.
         fusion: ``"shared"``, one set of blocks for all (the paper, Transfusion); ``"mot"``, a second set for images
             (BAGEL; LMFusion after `DeepFusionDiT.freeze_text`); ``"prefix"``, blocks for images alone, the text
-            comes as keys and values of a language model or as hidden states.
+            comes as keys and values of a language model or as hidden states. With ``"mot"`` the velocity does not
+            depend on what follows the keys and values in the text's last block (``proj``, ``norm2``, ``mlp``,
+            ``q_norm``), nor on ``norm``: these are built with ``requires_grad=False``, or DDP would miss their
+            gradients; to train `DeepFusionDiT.encode_text` too, call ``requires_grad_()``.
         hidden_size, num_layers, num_attention_heads, num_key_value_heads, attention_head_dim, intermediate_size,
             rms_norm_eps, rope_theta, rope_scaling, attention_bias: of the blocks.
-        vocab_size: of the text embedding; ``None`` for none: pass ``inputs_embeds``.
+        vocab_size: of the text embedding; ``None`` for none: pass ``inputs_embeds``. None with ``fusion="prefix"``.
         qk_norm: RMSNorm of queries and keys (Qwen3, BAGEL), in every block. Off to take Qwen2.5's weights unchanged.
         image_position: ``"additive_2d"`` adds MAE's sine-cosine table of (row, column), computed for any grid.
         image_rope: rotary positions of an image's tokens. ``"shared_index"`` gives all one (BAGEL, with which
@@ -97,9 +100,14 @@ class DeepFusionDiTConfig(Config):
         for name in ("rms_norm_eps", "rope_theta", "timestep_scale", "head_rope_theta", "head_norm_eps", "sigma_floor"):
             self.require(getattr(self, name) > 0, name, "a positive number")
         self.require(self.vocab_size is None or self.vocab_size >= 1, "vocab_size", "None or at least 1")
+        ids = self.vocab_size is not None and self.fusion == "prefix"
+        self.require(not ids, "vocab_size", "None with fusion='prefix', which embeds no words")
         self.require(self.max_source_images >= 0, "max_source_images", "0 or more")
         text = self.text_hidden_size is None or (self.fusion == "prefix" and self.text_hidden_size >= 1)
         self.require(text, "text_hidden_size", "at least 1 with fusion='prefix', None otherwise")
+        if self.text_hidden_size is None:
+            self.require(self.text_layers == 1, "text_layers", "1 without text_hidden_size: no hidden states come")
+            self.require(self.layer_map is None, "layer_map", "None without text_hidden_size: no hidden states come")
         fits = self.layer_map is None or (
             len(self.layer_map) == self.num_layers and all(0 <= i < self.text_layers for i in self.layer_map)
         )

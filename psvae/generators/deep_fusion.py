@@ -8,29 +8,21 @@ the noise, so whatever stands before them is encoded once, into a `PrefixCache`.
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from psvae.errors import ConfigError
 from psvae.flow import velocity_from_clean
-from psvae.generators.build import decoder_blocks, head_of, initialise, text_projections
-from psvae.generators.checks import (
-    check_batch,
-    check_condition,
-    check_names,
-    check_noisy,
-    check_prefix,
-    check_sources,
-    check_text,
-)
+from psvae.generators import checks
+from psvae.generators.build import decoder_blocks, freeze_dead_ends, head_of, initialise, text_projections
 from psvae.generators.config import DeepFusionDiTConfig
-from psvae.generators.loading import compare_part, copy_part, is_text, language_model_fields
+from psvae.generators.head import image_of, patches_of
+from psvae.generators.loading import compare_part, copy_part, is_text, language_model_config, save_part
+from psvae.generators.masks import causal_mask, without, word_positions
 from psvae.generators.prefix import PrefixCache
 from psvae.generators.text import TimeEmbedding
 from psvae.hub.keymaps.bagel import BAGEL
@@ -87,14 +79,16 @@ class DeepFusionDiT(nn.Module, HubMixin):
         has_words = config.fusion != "prefix" and config.vocab_size is not None
         self.embed_tokens = nn.Embedding(config.vocab_size or 0, width) if has_words else None
         self.embed_latents = nn.Linear(config.in_channels * config.patch_size**2, width)
-        self.embed_time = TimeEmbedding(width) if config.time_conditioning else None
+        self.embed_time = TimeEmbedding(width, config.timestep_scale) if config.time_conditioning else None
         self.text_projections = text_projections(config)
         self.layers = decoder_blocks(config)
         self.norm = RMSNorm(width, eps)
         self.image_layers = decoder_blocks(config) if two else None
         self.image_norm = RMSNorm(width, eps) if two else None
         self.head = head_of(config)
-        initialise(self)
+        initialise(self, new=(self.embed_latents, *(self.text_projections or ())), head=self.head)
+        if two:
+            freeze_dead_ends(self.layers, self.norm)
 
     # The data's path
 
@@ -104,43 +98,54 @@ class DeepFusionDiT(nn.Module, HubMixin):
         timestep: Float[Tensor, " B"],
         prefix: PrefixCache | None = None,
         *,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tokens | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        source_latents: Tensor | None = None,
+        drop_text: Bool[Tensor, " B"] | None = None,
+        drop_source: Bool[Tensor, " B"] | None = None,
         condition: Tokens | None = None,
         return_layers: tuple[int, ...] = (),
-        **prefix_inputs: Any,
     ) -> DeepFusionOutput:
         """The velocity at x_σ.
 
         Args:
             latents: noisy, ``B Z h w``, h and w multiples of ``patch_size``.
             timestep: σ in [0, 1], not 0..1000.
-            prefix: from `encode_prefix`; one serves every sampling step. Without it, and without
-                ``prefix_inputs``, nothing conditions.
+            prefix: from `encode_prefix`; one serves every sampling step. Or its arguments, ``input_ids`` to
+                ``drop_source``: the form for training. With neither, nothing conditions.
             condition: of an earlier output: the head alone is run (DDT's shared condition), no prefix is needed.
             return_layers: blocks whose noisy tokens to return, counted from 0; a place for REPA's loss.
-            **prefix_inputs: arguments of `encode_prefix` in place of ``prefix``: the form for training.
 
         Raises:
-            ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers.
-            ConfigError: the prefix is another model's; a misspelt keyword.
+            ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers, or another
+                precision than the weights'. ConfigError: the prefix is another model's; inputs that exclude each other.
         """
         config = self.config
-        check_names(config, prefix_inputs, return_layers)
-        check_noisy(config, latents, timestep)
-        grid = (latents.shape[2] // config.patch_size, latents.shape[3] // config.patch_size)
-        patches = rearrange(latents, "B Z (h p) (w q) -> B (h w) (p q Z)", p=config.patch_size, q=config.patch_size)
-        time = self.embed_time(timestep * config.timestep_scale, latents.dtype) if self.embed_time else None
-        hidden_states: list[Tokens] = []
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+            "encoder_hidden_states": encoder_hidden_states, "source_latents": source_latents, "drop_text": drop_text,
+            "drop_source": drop_source,
+        }  # fmt: skip
+        checks.check_given(config, {"prefix": prefix, **inputs}, condition, return_layers)
+        checks.check_noisy(config, latents, timestep)
+        checks.check_reader(latents, self.embed_latents, "latents")
+        patches, grid = patches_of(latents, config.patch_size)
+        time = self.embed_time(timestep, latents.dtype) if self.embed_time else None
+        hidden_states: dict[int, Tokens] = {}
         if condition is None:
-            prefix = self._prefix(latents, prefix, prefix_inputs)
-            condition = self._trunk(patches, grid, time, prefix, (return_layers, hidden_states))
-        check_condition(config, condition, len(latents), patches.shape[1])
-        output = self.head(patches, condition, time, grid, self.attention_backend)
-        output = rearrange(
-            output, "B (h w) (p q Z) -> B Z (h p) (w q)", h=grid[0], p=config.patch_size, q=config.patch_size
-        )
+            if any(value is not None for value in inputs.values()):
+                prefix = self.encode_prefix(**inputs)
+            elif prefix is None:
+                prefix = PrefixCache.empty(config, len(latents), device=latents.device, dtype=latents.dtype)
+            checks.check_prefix(config, prefix, len(latents))
+            condition, hidden_states = self._trunk(patches, grid, time, prefix, return_layers)
+        checks.check_condition(config, condition, len(latents), patches.shape[1])
+        output = image_of(self.head(patches, condition, time, grid, self.attention_backend), grid, config.patch_size)
         if config.prediction == "sample":
             output = velocity_from_clean(latents, output, timestep, config.sigma_floor)
-        return DeepFusionOutput(output, condition, tuple(hidden_states))
+        return DeepFusionOutput(output, condition, tuple(hidden_states[layer] for layer in return_layers))
 
     def encode_prefix(
         self,
@@ -166,33 +171,33 @@ class DeepFusionDiT(nn.Module, HubMixin):
                 equals an item that never had it.
 
         Raises:
-            ShapeError: unequal batches, padding alone, more source images than configured, wrong shapes.
-            ConfigError: a kind of text that this fusion does not read, or nothing to encode.
+            ShapeError: unequal batches, padding alone, more source images than configured, wrong shapes, NaN.
+            DtypeError: integers, or another precision than the weights'. ConfigError: a kind of text that this
+                fusion does not read, an order of segments that it does not know, or nothing to encode.
         """
-        visible = check_text(self.config, input_ids, inputs_embeds, encoder_hidden_states, attention_mask)
-        sources = check_sources(self.config, source_latents)
-        words = self.embed_tokens(input_ids) if self.embed_tokens and input_ids is not None else inputs_embeds
-        text = words if encoder_hidden_states is None else encoder_hidden_states
-        sizes = {} if text is None else {"text": text.shape[-3]}
-        if sources:
-            sizes["source_latents"] = len(sources[0])
+        config = self.config
         if prefix is not None:
-            sizes["prefix"] = prefix.batch_size
-        check_batch(sizes, drop_text=drop_text, drop_source=drop_source)
+            checks.check_prefix(config, prefix)
+        text = checks.check_text(
+            config, input_ids=input_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states
+        )
+        sources = checks.check_sources(config, source_latents, prefix, self.embed_latents)
+        shape = None if text is None else tuple(text.shape if text is input_ids else text.shape[-3:-1])
+        batch = checks.check_batch(shape, sources, prefix, drop_text, drop_source)
+        visible = checks.check_mask(shape, attention_mask, drop_text)
+        if input_ids is not None:
+            text = cast(nn.Embedding, self.embed_tokens)(input_ids)
+        elif text is not None:
+            text = self._clean_states(text, visible)
         if prefix is None:
-            first = next((x for x in (text, *sources) if x is not None), None)
-            if first is None:
-                raise ConfigError(
-                    "neither text nor source_latents came; wanted one of them: PrefixCache.empty(...) is no condition"
-                )
-            prefix = PrefixCache.empty(self.config, sizes.popitem()[1], device=first.device, dtype=first.dtype)
-        check_prefix(self.config, prefix, prefix.batch_size)
-        if encoder_hidden_states is not None:
-            prefix = self._add_hidden_states(prefix, encoder_hidden_states, visible, drop_text)
+            like = sources[0] if text is None else text
+            prefix = PrefixCache.empty(config, batch, device=like.device, dtype=like.dtype)
+        if text is not None and config.fusion == "prefix":
+            prefix = self._add_hidden_states(prefix, text, visible)
         for source in sources:
             prefix = self._add_source(prefix, source, drop_source)
-        if words is not None:
-            prefix, _ = self._add_words(prefix, words, visible, drop_text)
+        if text is not None and config.fusion != "prefix":
+            prefix, _ = self._add_words(prefix, text, visible)
         return prefix
 
     def encode_text(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Tokens:
@@ -200,40 +205,22 @@ class DeepFusionDiT(nn.Module, HubMixin):
 
         Its logits are these times the transposed ``embed_tokens.weight``, where the two are tied.
         """
-        visible = check_text(self.config, input_ids, None, None, attention_mask)
-        if self.embed_tokens is None:
-            raise ConfigError("this model has no text embedding")
-        words = self.embed_tokens(input_ids)
+        checks.check_text(self.config, input_ids=input_ids)
+        visible = checks.check_mask(tuple(input_ids.shape), attention_mask, None)
+        words = cast(nn.Embedding, self.embed_tokens)(input_ids)
         empty = PrefixCache.empty(self.config, len(words), device=words.device, dtype=words.dtype)
-        return self.norm(self._add_words(empty, words, visible, None)[1])
+        return self.norm(self._add_words(empty, words, visible)[1])
 
     # Segments
 
-    def _prefix(self, latents: Latents, prefix: PrefixCache | None, inputs: dict[str, Any]) -> PrefixCache:
-        """The prefix of one forward: given, encoded here, or empty."""
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if prefix is not None and inputs:
-            raise ConfigError(f"prefix came together with {', '.join(inputs)}; pass one or the other")
-        if inputs:
-            prefix = self.encode_prefix(**inputs)
-        if prefix is None:
-            prefix = PrefixCache.empty(self.config, len(latents), device=latents.device, dtype=latents.dtype)
-        check_prefix(self.config, prefix, len(latents))
-        return prefix
-
     def _trunk(
-        self,
-        patches: Tensor,
-        grid: tuple[int, int],
-        time: Tensor | None,
-        prefix: PrefixCache,
-        keep: tuple[Sequence[int], list[Tokens]],
-    ) -> Tokens:
+        self, patches: Tensor, grid: tuple[int, int], time: Tensor | None, prefix: PrefixCache, keep: Sequence[int]
+    ) -> tuple[Tokens, dict[int, Tokens]]:
         """Noisy latents: in full attention, seeing all of the prefix."""
         tokens = self._embed_image(patches, grid, time)
         positions, _ = grid_positions(prefix.next_position, grid, self.config.image_rope)
-        tokens, _ = self._attend(tokens, positions, prefix, image=True, keep=keep)
-        return self.norm(tokens) if self.image_norm is None else self.image_norm(tokens)
+        tokens, _, kept = self._attend(tokens, positions, prefix, image=True, keep=keep)
+        return self.norm(tokens) if self.image_norm is None else self.image_norm(tokens), kept
 
     def _embed_image(self, patches: Tensor, grid: tuple[int, int], time: Tensor | None) -> Tokens:
         """Patches ``B N p²Z`` → tokens, with position and time added (as in BAGEL)."""
@@ -242,46 +229,42 @@ class DeepFusionDiT(nn.Module, HubMixin):
             tokens = tokens + sincos_grid(self.config.hidden_size, grid, device=tokens.device).to(tokens.dtype)
         return tokens if time is None else tokens + time[:, None]
 
+    def _clean_states(self, states: Tensor, visible: Tensor | None) -> Tensor:
+        """Embeddings or hidden states, with zeros for padding: it may hold NaN, and 0 · NaN is NaN."""
+        if visible is not None:
+            states = states.masked_fill(~visible[..., None], 0)
+        reader = self.layers[0].qkv if self.text_projections is None else self.text_projections[0].kv
+        checks.check_states(states, cast(nn.Module, reader))
+        return states
+
     def _add_source(self, prefix: PrefixCache, source: Latents, drop: Tensor | None) -> PrefixCache:
         """Clean latents: in full attention, at σ = 0."""
-        config, p = self.config, self.config.patch_size
-        grid = (source.shape[2] // p, source.shape[3] // p)
+        patches, grid = patches_of(source, self.config.patch_size)
         clean = torch.zeros(len(source), device=source.device)
         time = self.embed_time(clean, source.dtype) if self.embed_time else None
-        patches = rearrange(source, "B Z (h p) (w q) -> B (h w) (p q Z)", p=p, q=p)
         tokens = self._embed_image(patches, grid, time)
-        positions, after = grid_positions(prefix.next_position, grid, config.image_rope)
-        _, keys_values = self._attend(tokens, positions, prefix, image=True)
-        if drop is None:
-            return prefix.extend(keys_values, None, after)
-        visible = (~drop)[:, None].expand(-1, tokens.shape[1])
-        return prefix.extend(keys_values, visible, torch.where(drop, prefix.next_position, after))
+        positions, after = grid_positions(prefix.next_position, grid, self.config.image_rope)
+        _, keys_values, _ = self._attend(tokens, positions, prefix, image=True)
+        if drop is not None:
+            after = torch.where(drop, prefix.next_position, after)
+        return prefix.extend(keys_values, without(None, drop, tokens.shape[1]), after, "source")
 
-    def _add_words(
-        self, prefix: PrefixCache, words: Tokens, visible: Tensor | None, drop: Tensor | None
-    ) -> tuple[PrefixCache, Tokens]:
+    def _add_words(self, prefix: PrefixCache, words: Tokens, visible: Tensor | None) -> tuple[PrefixCache, Tokens]:
         """Text: causal, and sees all of the prefix so far."""
-        visible = _without(visible, drop, words.shape[1])
-        positions, after = _word_positions(prefix, words.shape[1], visible)
-        own = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).tril()
-        own = own[None] if visible is None else own & visible[:, None]
-        own = own | torch.eye(words.shape[1], dtype=torch.bool, device=words.device)  # padding sees itself, not NaN
-        before = prefix.all_keys()[:, None].expand(-1, words.shape[1], -1)
-        mask = torch.cat([before, own.expand(len(words), -1, -1)], dim=2)[:, None]
-        tokens, keys_values = self._attend(words, positions, prefix, image=False, mask=mask)
-        return prefix.extend(keys_values, visible, after), tokens
+        positions, after = word_positions(prefix.next_position, words.shape[1], visible)
+        masked = visible is not None or prefix.key_mask is not None
+        mask = causal_mask(prefix.all_keys(), words.shape[1], visible) if masked else None
+        tokens, keys_values, _ = self._attend(words, positions, prefix, image=False, mask=mask)
+        return prefix.extend(keys_values, visible, after, "text"), tokens
 
-    def _add_hidden_states(
-        self, prefix: PrefixCache, states: Tensor, visible: Tensor | None, drop: Tensor | None
-    ) -> PrefixCache:
+    def _add_hidden_states(self, prefix: PrefixCache, states: Tensor, visible: Tensor | None) -> PrefixCache:
         """Another model's text: projected to each block's keys and values, once."""
         states = states if states.ndim == 4 else states[None]
-        visible = _without(visible, drop, states.shape[2])
-        positions, after = _word_positions(prefix, states.shape[2], visible)
+        positions, after = word_positions(prefix.next_position, states.shape[2], visible)
         turns = self._rope(positions)
         layers, projections = self.config.text_layer_of_block, self.text_projections or ()
         pairs = [project(states[layer], turns) for project, layer in zip(projections, layers, strict=True)]
-        return prefix.extend(pairs, visible, after)
+        return prefix.extend(pairs, visible, after, "text")
 
     def _attend(
         self,
@@ -291,25 +274,29 @@ class DeepFusionDiT(nn.Module, HubMixin):
         *,
         image: bool,
         mask: Bool[Tensor, "B 1 N1 P"] | None = None,
-        keep: tuple[Sequence[int], list[Tokens]] = ((), []),
-    ) -> tuple[Tokens, list[KeysValues]]:
-        """One segment through all blocks: (tokens, its own keys and values by layer)."""
+        keep: Sequence[int] = (),
+    ) -> tuple[Tokens, list[KeysValues], dict[int, Tokens]]:
+        """One segment through all blocks: (tokens, its own keys and values by layer, its tokens after those to keep).
+
+        Without a mask, images see all of the prefix that is real and themselves, words are causal.
+        """
         blocks = self.image_layers if image and self.image_layers is not None else self.layers
         if mask is None and prefix.key_mask is not None:
             own = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             mask = torch.cat([prefix.key_mask, own], dim=1)[:, None, None]
-        turns = self._rope(positions)
-        keys_values = []
+        causal, turns = not image and mask is None, self._rope(positions)
+        keys_values, kept = [], {}
         for index, block in enumerate(blocks):
-            arguments = (tokens, turns, (prefix.keys[index], prefix.values[index]), mask, self.attention_backend)
+            past = (prefix.keys[index], prefix.values[index])
+            arguments = (tokens, turns, past, mask, self.attention_backend, causal)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens, own = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 tokens, own = block(*arguments)
             keys_values.append(own)
-            if index in keep[0]:
-                keep[1].append(tokens)
-        return tokens, keys_values
+            if index in keep:
+                kept[index] = tokens
+        return tokens, keys_values, kept
 
     def _rope(self, positions: Int[Tensor, "B N 3"]) -> Rope:
         config = self.config
@@ -348,9 +335,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             cache_dir=cache_dir,
         )  # fmt: skip
         checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
-        config = DeepFusionDiTConfig.from_dict({**language_model_fields(checkpoint), **fields})
-        if config.fusion == "prefix":
-            raise ConfigError("fusion='prefix' has no text blocks; run the language model and use PrefixCache.from_hf")
+        config = language_model_config(checkpoint, fields)
         part = (checkpoint, LANGUAGE_MODEL, config.to_dict(), is_text)
         compare_part(build_empty(cls, config, checkpoint), *part)  # before memory is taken for it
         model = cls(config)
@@ -367,8 +352,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             CheckpointError: of another geometry; nothing is overwritten then. ConfigError: the head is not wide.
         """
         self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
-        source = Source(file, "")
-        checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
+        checkpoint = Checkpoint(Source(file, ""), file=None, variant=None, allow_pickle=allow_pickle)
         copy_part(self.head, checkpoint, DDT_HEAD, self.config.to_dict(), lambda key: True)
 
     def export_rae_head(self, file: str | os.PathLike[str]) -> None:
@@ -378,11 +362,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             ConfigError: the head is not wide.
         """
         self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
-        state, config = self.head.state_dict(), self.config.to_dict()
-        theirs: dict[str, Tensor] = {}
-        for key, rule in DDT_HEAD.rules(list(state), config, {}).items():
-            theirs |= rule.save(rule.theirs, state[key])
-        save_file({name: tensor.detach().contiguous() for name, tensor in theirs.items()}, file)
+        save_part(self.head, file, DDT_HEAD, self.config.to_dict())
 
     # Settings
 
@@ -408,30 +388,13 @@ class DeepFusionDiT(nn.Module, HubMixin):
         self.attention_backend = backend
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the blocks in backward instead of keeping their activations."""
-        self.gradient_checkpointing = True
+        """Recompute the blocks, the wide head's too, in backward instead of keeping their activations."""
+        self.gradient_checkpointing = self.head.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep activations again."""
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = self.head.gradient_checkpointing = False
 
     def extra_repr(self) -> str:
         config = self.config
         return f"Z={config.in_channels}, patch_size={config.patch_size}, fusion={config.fusion!r}, head={config.head!r}"
-
-
-def _word_positions(prefix: PrefixCache, length: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rotary positions ``B T 3`` of words, padding not counted, and the first one free after them."""
-    if visible is None:
-        visible = torch.ones(prefix.batch_size, length, dtype=torch.bool, device=prefix.next_position.device)
-    count = visible.cumsum(dim=1)
-    positions = prefix.next_position[:, None] + (count - 1).clamp(min=0)
-    return positions[..., None].expand(-1, -1, 3), prefix.next_position + count[:, -1]
-
-
-def _without(visible: Tensor | None, drop: Tensor | None, length: int) -> Tensor | None:
-    """``B T``: the visible words of the items that keep their text."""
-    if drop is None:
-        return visible
-    kept = (~drop)[:, None].expand(-1, length)
-    return kept if visible is None else visible & kept

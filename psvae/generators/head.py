@@ -9,15 +9,28 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from psvae.nn.attention import Backend, attention
 from psvae.nn.decoder import RMSNorm, SwiGLU
 from psvae.nn.rope import Rope, axial_rope, rotate
-from psvae.shapes import Tokens
+from psvae.shapes import Latents, Tokens
 
-__all__ = ["LinearHead", "WideHead"]
+__all__ = ["LinearHead", "WideHead", "image_of", "patches_of"]
 
 Patches = Float[Tensor, "B N ppZ"]
+Grid = tuple[int, int]
+
+
+def patches_of(latents: Latents, patch_size: int) -> tuple[Patches, Grid]:
+    """``B Z h w`` → ``B N p²Z`` row by row, and how many rows and columns."""
+    grid = (latents.shape[2] // patch_size, latents.shape[3] // patch_size)
+    return rearrange(latents, "B Z (h p) (w q) -> B (h w) (p q Z)", p=patch_size, q=patch_size), grid
+
+
+def image_of(patches: Patches, grid: Grid, patch_size: int) -> Latents:
+    """`patches_of`, undone."""
+    return rearrange(patches, "B (h w) (p q Z) -> B Z (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
 
 
 class LinearHead(nn.Module):
@@ -25,10 +38,11 @@ class LinearHead(nn.Module):
 
     def __init__(self, trunk_width: int, patch_channels: int) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # there is nothing to recompute
         self.out = nn.Linear(trunk_width, patch_channels)
 
     def forward(
-        self, patches: Patches, condition: Tokens, time: Tensor | None, grid: tuple[int, int], backend: Backend
+        self, patches: Patches, condition: Tokens, time: Tensor | None, grid: Grid, backend: Backend
     ) -> Patches:
         return self.out(condition)
 
@@ -54,6 +68,7 @@ class WideHead(nn.Module):
         final_modulation: bool,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         self.rope = (width // heads, rope_theta)
         self.condition = nn.Linear(trunk_width, width) if trunk_width != width else nn.Identity()
         self.embed = nn.Linear(patch_channels, width)
@@ -67,7 +82,7 @@ class WideHead(nn.Module):
         patches: Patches,
         condition: Tokens,
         time: Float[Tensor, "B D"] | None,
-        grid: tuple[int, int],
+        grid: Grid,
         backend: Backend,
     ) -> Patches:
         """Noisy latents ``B N p²Z`` and the trunk's tokens → ``B N p²Z``.
@@ -81,7 +96,10 @@ class WideHead(nn.Module):
         x = self.embed(patches)
         rope = axial_rope(grid, *self.rope, device=x.device)
         for block in self.blocks:
-            x = block(x, condition, rope, backend)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, rope, backend, use_reentrant=False)
+            else:
+                x = block(x, condition, rope, backend)
         x = self.norm(x)
         if self.modulation is not None:
             x = _modulate(x, *self.modulation(condition).chunk(2, dim=-1))

@@ -5,15 +5,18 @@ Source latents and text see neither the noise nor σ, so their keys and values d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from psvae.errors import ShapeError
+from psvae.errors import DtypeError, ShapeError
+from psvae.generators.config import DeepFusionDiTConfig
+from psvae.generators.masks import read_mask
 from psvae.nn.decoder import KeysValues
+from psvae.shapes import readable
 
 __all__ = ["PrefixCache"]
 
@@ -26,27 +29,27 @@ class PrefixCache:
         keys, values: ``L B kv P d``; P may be 0.
         key_mask: ``B P``, True where a key is real; None where all are.
         next_position: ``B``, the first rotary position after the prefix.
+        source_images: how many are in it; of a joined batch, the most.
+        has_text: whether text is in it.
     """
 
     keys: Float[Tensor, "L B kv P d"]
     values: Float[Tensor, "L B kv P d"]
     key_mask: Bool[Tensor, "B P"] | None
     next_position: Int[Tensor, " B"]
+    source_images: int = 0
+    has_text: bool = False
 
     @classmethod
     def empty(
         cls,
-        config: Any,
+        config: DeepFusionDiTConfig,
         batch_size: int,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """No source and no text: the unconditional branch.
-
-        Args:
-            config: a `DeepFusionDiTConfig`.
-        """
+        """No source and no text: the unconditional branch."""
         shape = (config.num_layers, batch_size, config.num_key_value_heads, 0, config.attention_head_dim)
         nothing = torch.empty(shape, device=device, dtype=dtype)
         return cls(nothing, nothing, None, torch.zeros(batch_size, dtype=torch.long, device=device))
@@ -64,15 +67,21 @@ class PrefixCache:
 
         Args:
             past_key_values: what a language model returned, or a sequence of (keys, values) per layer.
-            attention_mask: ``B P``, the tokenizer's; None where nothing is padded.
+            attention_mask: ``B P``, the tokenizer's; None where nothing is padded. Padding is set to zero.
             position_ids: ``B P``, what the language model was given, such as by ``generate`` for padding on the
                 left; None where it counted 0, 1, 2, … from the first token, padding included.
             layer_map: for each layer of the generator, the language model's; None for one to one.
 
         Raises:
-            ShapeError: layers of different geometry, empty, or truncated by a sliding window.
+            DtypeError: no cache. ShapeError: layers of different geometry, empty, or truncated by a sliding window;
+                a mask of another shape, or with other numbers than 0 and 1.
         """
-        layers = list(getattr(past_key_values, "layers", past_key_values))
+        layers = getattr(past_key_values, "layers", past_key_values)
+        if not isinstance(layers, Sequence):
+            raise DtypeError(
+                f"the cache came as {type(past_key_values).__name__}; wanted one of transformers, such as "
+                "llm(**tokens, use_cache=True).past_key_values"
+            )
         order = range(len(layers)) if layer_map is None else layer_map
         if not layers or not all(0 <= index < len(layers) for index in order):
             raise ShapeError(f"the cache has {len(layers)} layers; wanted layers {list(order)}: see layer_map")
@@ -84,18 +93,19 @@ class PrefixCache:
                 "layers of equal geometry"
             )
         (batch, _, length, _), device = shapes.pop(), pairs[0][0].device
-        mask = None if attention_mask is None else attention_mask.bool().to(device)
         places = torch.arange(length, device=device)[None] if position_ids is None else position_ids.to(device)
-        for name, given in (("attention_mask", mask), ("position_ids", places)):
-            if given is not None and tuple(given.shape) not in ((batch, length), (1, length)):
-                raise ShapeError(
-                    f"{name} has shape {tuple(given.shape)}; the cache holds ({batch}, {length}): it is another "
-                    "prompt's, or leaves out tokens that were cached before"
-                )
-        mask = None if mask is None else mask.expand(batch, -1)
-        places = places.expand(batch, -1) if mask is None else places.masked_fill(~mask, -1)
+        _check_shape("attention_mask", attention_mask, ((batch, length),))
+        _check_shape("position_ids", places, ((batch, length), (1, length)))
         keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
-        return cls(keys, values, mask, places.amax(dim=1) + 1)
+        places = places.expand(batch, -1)
+        mask = None if attention_mask is None else read_mask(attention_mask.to(device))
+        if mask is not None and readable(mask) and mask.all():
+            mask = None
+        if mask is not None:
+            places = places.masked_fill(~mask, -1)
+            # padding may hold NaN, and 0 · NaN is NaN
+            keys, values = (x.masked_fill(~mask[:, None, :, None], 0) for x in (keys, values))
+        return cls(keys, values, mask, places.amax(dim=1) + 1, has_text=True)
 
     @classmethod
     def concat_batch(cls, parts: Sequence["PrefixCache"]) -> Self:
@@ -116,6 +126,8 @@ class PrefixCache:
             torch.cat([_pad(part.values, length) for part in parts], dim=1),
             torch.cat([F.pad(part.all_keys(), (0, length - part.length)) for part in parts]) if masked else None,
             torch.cat([part.next_position for part in parts]),
+            max(part.source_images for part in parts),
+            any(part.has_text for part in parts),
         )
 
     @property
@@ -133,12 +145,14 @@ class PrefixCache:
         keys_values: Sequence[KeysValues],
         visible: Bool[Tensor, "B N"] | None,
         next_position: Int[Tensor, " B"],
+        kind: Literal["source", "text"],
     ) -> Self:
         """With one more segment behind.
 
         Args:
             keys_values: of the segment, layer by layer.
             visible: which of its keys are real; None for all.
+            kind: a source image, or text.
         """
         keys, values = (torch.stack(part) for part in zip(*keys_values, strict=True))
         if visible is not None or self.key_mask is not None:
@@ -147,7 +161,10 @@ class PrefixCache:
         if self.length:
             keys = torch.cat([self.keys.to(keys.dtype), keys], dim=3)
             values = torch.cat([self.values.to(values.dtype), values], dim=3)
-        return replace(self, keys=keys, values=values, key_mask=visible, next_position=next_position)
+        return type(self)(
+            keys, values, visible, next_position, self.source_images + (kind == "source"),
+            self.has_text or kind == "text",
+        )  # fmt: skip
 
     def all_keys(self) -> Bool[Tensor, "B P"]:
         """The mask, all True where there is none."""
@@ -178,6 +195,14 @@ class PrefixCache:
     def detach(self) -> Self:
         """Without gradient."""
         return replace(self, keys=self.keys.detach(), values=self.values.detach())
+
+
+def _check_shape(name: str, given: Tensor | None, wanted: tuple[tuple[int, int], ...]) -> None:
+    if given is not None and tuple(given.shape) not in wanted:
+        raise ShapeError(
+            f"{name} has shape {tuple(given.shape)}; the cache holds {wanted[0]}: it is another prompt's, or leaves "
+            "out tokens that were cached before"
+        )
 
 
 def _keys_values(layer: Any, index: int) -> tuple[Tensor, Tensor]:

@@ -18,17 +18,22 @@ FREQUENCIES = 256  # BAGEL's and DiT's
 
 
 class TimeEmbedding(nn.Module):
-    """σ ``B`` → ``B D``: cosines and sines, then Linear, SiLU, Linear (DiT's, as in BAGEL)."""
+    """σ ``B`` → ``B D``: cosines and sines, then Linear, SiLU, Linear (DiT's, as in BAGEL).
 
-    def __init__(self, width: int) -> None:
+    Args:
+        scale: of σ, applied in fp32: bf16 has no room for 0 to 1000.
+    """
+
+    def __init__(self, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.fc1 = nn.Linear(FREQUENCIES, width)
         self.fc2 = nn.Linear(width, width)
 
-    def forward(self, time: Float[Tensor, " B"], dtype: torch.dtype) -> Float[Tensor, "B D"]:
+    def forward(self, sigma: Float[Tensor, " B"], dtype: torch.dtype) -> Float[Tensor, "B D"]:
         half = FREQUENCIES // 2
-        rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=time.device, dtype=torch.float32))
-        angles = time.float()[:, None] * rates
+        rates = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=sigma.device, dtype=torch.float32))
+        angles = (sigma.float() * self.scale)[:, None] * rates
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
         return self.fc2(F.silu(self.fc1(waves)))
 

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,18 +17,29 @@ Backend = Literal["sdpa", "xformers"]
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Bool[Tensor, "B 1 N1 P"] | None = None, backend: Backend = "sdpa"
-) -> Tensor:
+    q: Float[Tensor, "B heads N d"],
+    k: Float[Tensor, "B kv P d"],
+    v: Float[Tensor, "B kv P d"],
+    mask: Bool[Tensor, "#B 1 N1 P"] | None = None,
+    backend: Backend = "sdpa",
+    *,
+    causal: bool = False,
+) -> Float[Tensor, "B heads N d"]:
     """softmax(q kᵀ / √d) v, by fused kernels; softmax runs in fp32.
 
     With fewer heads in k and v than in q (grouped queries), the queries of a group are laid one behind the other:
     every kernel takes that, mask or not, and nothing is repeated.
 
     Args:
-        q: ``B heads N d``. k, v: ``B kv_heads P d``.
         mask: True where a query may look; its third axis is N, or 1 for all queries alike.
+        causal: in place of a mask, the last query looks at all keys, the one before it at all but the last, …
     """
-    group = q.shape[1] // k.shape[1]
+    group, N, P = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    if causal and N == P and backend == "sdpa":  # no mask in memory; grouped queries would lose their order
+        k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+    if causal:  # causal_lower_right of PyTorch is a prototype, and makes this mask too where no fused kernel fits
+        mask = torch.ones(1, 1, N, P, dtype=torch.bool, device=q.device).tril(P - N)
     if group > 1:
         q = rearrange(q, "B (kv group) N d -> B kv (group N) d", group=group)
         if mask is not None and mask.shape[2] > 1:
@@ -44,7 +55,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         P = k.shape[2]
         bias = torch.zeros(*mask.shape[:3], -(-P // 8) * 8, dtype=q.dtype, device=q.device)  # rows aligned to 8
-        bias = bias[..., :P].masked_fill_(~mask, float("-inf")).expand(-1, q.shape[1], q.shape[2], -1)
+        bias = bias[..., :P].masked_fill_(~mask, float("-inf")).expand(len(q), q.shape[1], q.shape[2], -1)
     rows = (rearrange(x, "B heads N d -> B N heads d") for x in (q, k, v))
     return rearrange(memory_efficient_attention(*rows, attn_bias=bias), "B N heads d -> B heads N d")
 

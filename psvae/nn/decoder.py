@@ -12,8 +12,7 @@ from psvae.shapes import Tokens
 
 __all__ = ["DecoderBlock", "KeysValues", "RMSNorm", "SwiGLU"]
 
-KeysValues = tuple[Float[Tensor, "B kv N d"], Float[Tensor, "B kv N d"]]  # of one segment's tokens
-Past = tuple[Float[Tensor, "B kv P d"], Float[Tensor, "B kv P d"]]  # of all before it
+KeysValues = tuple[Float[Tensor, "B kv _ d"], Float[Tensor, "B kv _ d"]]
 
 
 class RMSNorm(nn.Module):
@@ -78,15 +77,17 @@ class DecoderBlock(nn.Module):
         self,
         x: Tokens,
         rope: Rope,
-        past: Past,
-        mask: Bool[Tensor, "B 1 N1 PN"] | None,
+        past: KeysValues,
+        mask: Bool[Tensor, "#B 1 N1 PN"] | None,
         backend: Backend = "sdpa",
+        causal: bool = False,
     ) -> tuple[Tokens, KeysValues]:
         """One segment attends to what came before it and to itself.
 
         Args:
             past: keys and values of the segments before; P may be 0.
             mask: over past and own tokens; None where all are visible.
+            causal: in place of a mask, a token sees the past, those before it and itself.
 
         Returns:
             The tokens, and their own keys and values.
@@ -97,5 +98,6 @@ class DecoderBlock(nn.Module):
         )
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         keys, values = (torch.cat([before.to(own.dtype), own], dim=2) for before, own in zip(past, (k, v), strict=True))
-        x = x + self.proj(rearrange(attention(q, keys, values, mask, backend), "B heads N d -> B N (heads d)"))
+        y = attention(q, keys, values, mask, backend, causal=causal)
+        x = x + self.proj(rearrange(y, "B heads N d -> B N (heads d)"))
         return x + self.mlp(self.norm2(x)), (k, v)

@@ -44,7 +44,7 @@ def image_tokens(model, latents, sigma):
     if config.image_position == "additive_2d":
         x = x + sincos_grid(config.hidden_size, latents.shape[-2:])[0]
     if model.embed_time is not None:
-        x = x + model.embed_time(torch.tensor([sigma]) * config.timestep_scale, x.dtype)
+        x = x + model.embed_time(torch.tensor([sigma]), x.dtype)
     return x
 
 
