@@ -9,15 +9,15 @@ from torch.nn import functional as F
 from psvae.nn.positions import sincos_grid
 
 
-def dense_trunk(model, latents, sigma, words=None, source=None):
-    """One item: noisy latents ``Z h w``, σ, the text's embeddings ``T D``, source ``Z h w`` → condition ``N D``."""
+def dense_trunk(model, latents, sigma, words=None, sources=()):
+    """One item: noisy latents ``Z h w``, σ, the text's embeddings ``T D``, sources ``Z h w`` → condition ``N D``."""
     config = model.config
     tokens, positions, kinds, start = [], [], [], 0
-    if source is not None:
+    for number, source in enumerate(sources):
         tokens.append(image_tokens(model, source, 0.0))
         places, start = image_places(start, *source.shape[-2:], config)
         positions += places
-        kinds += ["source"] * len(places)
+        kinds += [f"source {number}"] * len(places)
     if words is not None:
         tokens.append(words)
         positions += [(start + i,) * 3 for i in range(len(words))]
@@ -58,7 +58,7 @@ def image_places(start, h, w, config):
 
 
 def visibility(kinds):
-    order = {"source": 0, "text": 1, "noisy": 2}
+    order = {kind: place for place, kind in enumerate(dict.fromkeys(kinds))}
     count = len(kinds)
     mask = torch.zeros(count, count, dtype=torch.bool)
     for i, query in enumerate(kinds):

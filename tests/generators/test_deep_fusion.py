@@ -101,41 +101,44 @@ class TestHiddenStates(TestDeepFusionDiT):
 ROPES = ("shared_index", "1d", "2d", "mrope")
 
 
+PADDINGS = ("none", "right", "left")
+
+
+def padded(padding):
+    """The mask of two texts of up to five words."""
+    mask = torch.ones(2, 5, dtype=torch.long)
+    if padding != "none":
+        mask[0, :2] = 0
+    return mask.flip(1) if padding == "right" else mask
+
+
 @pytest.mark.parametrize("fusion", ["shared", "mot"])
 @pytest.mark.parametrize("image_rope", ROPES)
-@pytest.mark.parametrize("has_source", [True, False])
-@pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_cached_equals_dense_attention(fusion, image_rope, has_source, padding):
-    model = tiny_model(fusion=fusion, image_rope=image_rope, image_position="additive_2d", qk_norm=fusion == "mot")
-    x, source = latents(2, 3, 4), latents(2, 4, 2, seed=5)
-    ids = words(2, 5)
-    lengths = (5, 5) if padding == "none" else (3, 5)
-    mask = torch.zeros(2, 5, dtype=torch.long)
-    for row, length in zip(mask, lengths, strict=True):
-        row[5 - length :] = 1
-        if padding != "left":
-            row.copy_(row.flip(0))
-    with torch.no_grad():
-        prefix = model.encode_prefix(ids, mask, source_latents=source if has_source else None)
-        got = model(x, sigmas(), prefix).condition
-        for item in range(2):
-            kept = ids[item][mask[item].bool()]
-            wanted = dense_trunk(
-                model, x[item], sigmas()[item].item(), model.embed_tokens(kept), source[item] if has_source else None
-            )
-            torch.testing.assert_close(got[item], wanted, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("sources", [0, 1, 2])
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_cached_equals_dense_attention(fusion, image_rope, sources, padding):
+    model = tiny_model(fusion=fusion, image_rope=image_rope, qk_norm=fusion == "mot", max_source_images=2)
+    assert_dense(model, padded(padding), latents(2 * sources, 4, 2, seed=5).view(2, sources, Z, 4, 2))
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
     "fields", [{"image_position": "none"}, {"time_conditioning": None}, {"timestep_scale": 1000.0}]
 )
-def test_other_fields_equal_dense_attention(fields):
-    model = tiny_model(**fields)
-    x = latents(2, 3, 4)
+def test_other_fields_equal_dense_attention(fields, padding):
+    assert_dense(tiny_model(image_rope="2d", **fields), padded(padding), latents(2, 4, 2, seed=5)[:, None])
+
+
+def assert_dense(model, mask, sources):
+    """The trunk's tokens, from a prefix, equal those of each item alone in one attention without cache."""
+    x, ids = latents(2, 3, 4), words(2, 5)
     with torch.no_grad():
-        got = model(x, sigmas(), input_ids=words()).condition
-        wanted = dense_trunk(model, x[1], sigmas()[1].item(), model.embed_tokens(words()[1]))
-    torch.testing.assert_close(got[1], wanted, rtol=1e-5, atol=1e-5)
+        prefix = model.encode_prefix(ids, mask, source_latents=sources if sources.shape[1] else None)
+        got = model(x, sigmas(), prefix).condition
+        for item in range(2):
+            kept = model.embed_tokens(ids[item][mask[item].bool()])
+            wanted = dense_trunk(model, x[item], sigmas()[item].item(), kept, sources[item])
+            torch.testing.assert_close(got[item], wanted, rtol=1e-5, atol=1e-5)
 
 
 def prefix_kinds():
@@ -232,17 +235,135 @@ def test_the_prefix_sees_neither_noise_nor_sigma():
     assert not one.equal(two)
 
 
-def test_rope_beyond_256_in_bf16():
-    """Neighbours stay apart: bf16 holds no odd number above 256."""
-    model = tiny_model(image_position="none", image_rope="1d")
-    long, short = words(1, 300), words(1, 301)
-    short[:, :300] = long
-    x = latents(1, 3, 3)
+@pytest.mark.parametrize("kind", range(4))
+def test_nan_in_padding_never_leaks(kind):
+    """0 · NaN is NaN: language models leave it behind where all keys of a row are masked."""
+    model, inputs = list(prefix_kinds())[kind]
+    x, sigma, hidden = latents(3, 4, 4), sigmas(3), ~inputs["attention_mask"].bool()
+    name = "encoder_hidden_states"
+    if name not in inputs:
+        name = "inputs_embeds"
+        inputs[name] = model.embed_tokens(inputs.pop("input_ids")).detach()
+    nan = {**inputs, name: inputs[name].masked_fill(hidden[..., None], torch.nan)}
     with torch.no_grad():
-        exact = model(x, sigmas(1), input_ids=short).condition
-        half = tiny_model(image_position="none", image_rope="1d").bfloat16()
-        got = half(x.bfloat16(), sigmas(1), input_ids=short).condition.float()
-    assert (got - exact).norm() / exact.norm() < 0.03
+        wanted = model(x, sigma, **inputs).sample
+        torch.testing.assert_close(model(x, sigma, **nan).sample, wanted, rtol=1e-6, atol=1e-6)
+        dropped = torch.tensor([True, False, False])
+        nan[name][..., 0, :, :] = torch.nan
+        wanted = model(x, sigma, **inputs, drop_text=dropped).sample
+        torch.testing.assert_close(model(x, sigma, **nan, drop_text=dropped).sample, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_a_dropped_item_may_be_padding_alone(kind):
+    """As an empty text is tokenised."""
+    model, inputs = list(prefix_kinds())[kind]
+    mask, drop = inputs["attention_mask"].clone(), torch.tensor([False, True, False])
+    mask[1] = 0
+    with torch.no_grad():
+        got = model(latents(3), sigmas(3), **{**inputs, "attention_mask": mask}, drop_text=drop).sample
+        wanted = model(latents(3), sigmas(3), **inputs, drop_text=drop).sample
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_come_in_the_order_asked_for():
+    model = tiny_model()
+    with torch.no_grad():
+        first, last = model(latents(2), sigmas(), return_layers=(0, 1)).hidden_states
+        got = model(latents(2), sigmas(), return_layers=(1, 0, 1)).hidden_states
+    assert not first.equal(last)
+    assert [x.equal(y) for x, y in zip(got, (last, first, last), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_sigma_in_half_precision_is_scaled_in_fp32(scale):
+    model, sigma = tiny_model(timestep_scale=scale), torch.tensor([0.7012, 0.0391]).bfloat16()
+    with torch.no_grad():
+        exact = model(latents(2), sigma.float()).sample
+        assert model(latents(2), sigma).sample.equal(exact)
+
+
+def test_rope_beyond_256_in_bf16():
+    """Neighbours stay apart, though bf16 holds no odd number above 256: of one word again and again, the first
+    layer's keys differ by their place alone."""
+    model = tiny_model().bfloat16()
+    with torch.no_grad():
+        keys = model.encode_prefix(torch.full((1, 300), 7)).keys[0, 0].float()
+        turned = (keys[:, 256:299] - keys[:, 257:]).norm(dim=-1) / keys[:, 257:].norm(dim=-1)
+    assert turned.min() > 0.1
+
+
+def test_checkpointing_spares_the_heads_blocks_too():
+    """Backward keeps nothing of them but what goes in."""
+    model = tiny_model(num_layers=1).train()
+    sizes = []
+    for switch in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
+        switch()
+        kept = []
+        condition = torch.zeros(2, 16, 48)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            model(latents(2), sigmas(), condition=condition).sample.sum()
+        sizes.append(sum(kept))
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_fresh_weights():
+    """Blocks as a language model's, new layers Xavier, modulations and the last layer zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = {"hidden_size": 64, "head_width": 128, "head_final_modulation": True, "num_layers": 1}
+        models = [
+            DeepFusionDiT(tiny_config(**wide)),
+            DeepFusionDiT(tiny_config(fusion="prefix", vocab_size=None, text_hidden_size=96, **wide)),
+        ]
+    spread = {}
+    for model in models:
+        spread |= {name: (x.std().item(), x.shape) for name, x in model.named_parameters() if x.ndim > 1}
+        assert all(not x.any() for name, x in model.named_parameters() if name.endswith("bias"))
+        assert all((x == 1).all() for name, x in model.named_parameters() if "norm" in name)
+    xavier = {"embed_latents", "text_projections.0.kv", "head.condition", "head.embed"}
+    xavier |= {f"head.blocks.{i}.{part}" for i in range(2) for part in ("qkv", "proj", "mlp.gate_up", "mlp.down")}
+    zero = {"head.out", "head.modulation", "head.blocks.0.modulation", "head.blocks.1.modulation"}
+    assert {f"{name}.weight" for name in xavier | zero} < set(spread)
+    for name, (std, shape) in spread.items():
+        part = name.removesuffix(".weight")
+        wanted = 0.0 if part in zero else (2 / sum(shape)) ** 0.5 if part in xavier else 0.02
+        assert std == pytest.approx(wanted, rel=0.1), name
+
+
+def test_a_mixture_is_built_with_its_dead_ends_frozen():
+    """What the velocity does not depend on, and nothing else; `encode_text` reads it."""
+    model = DeepFusionDiT(tiny_config(fusion="mot", qk_norm=True))
+    frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
+    ends = ("proj", "norm2", "mlp.gate_up", "mlp.down", "q_norm")
+    assert frozen == {"norm.weight", *(f"layers.1.{end}.weight" for end in ends)}
+    model = tiny_model(fusion="mot", qk_norm=True).train().requires_grad_()
+    model(latents(2), sigmas(), input_ids=words()).sample.sum().backward()
+    assert {name for name, x in model.named_parameters() if x.grad is None} == frozen
+    model.encode_text(words()).sum().backward()
+    assert {name for name, x in model.named_parameters() if x.grad is None} == set()
+    assert all(x.requires_grad for x in DeepFusionDiT(tiny_config()).parameters())
+
+
+@pytest.mark.parametrize("fusion", ["shared", "mot"])
+def test_unpadded_text_is_masked_by_no_table(fusion, monkeypatch):
+    """Of B T (P + T) booleans; the kernel knows what causal means where nothing precedes the text."""
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        seen.append(None if attn_mask is None else tuple(attn_mask.shape))
+        return sdpa(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr("psvae.nn.attention.scaled_dot_product_attention", watched)
+    model = tiny_model(fusion=fusion)
+    with torch.no_grad():
+        model.encode_prefix(words())
+        model.encode_prefix(words(), torch.ones(2, 5))
+        assert set(seen) == {None}
+        seen.clear()
+        model.encode_prefix(words(), source_latents=latents(2, 2, 2))
+        assert set(seen) == {None, (1, 1, 10, 9)}  # one for all items; two queries share a key head
 
 
 def test_output_is_zero_at_first():

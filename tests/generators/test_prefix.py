@@ -129,6 +129,45 @@ def test_right_padding():
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_of_a_cache_is_set_to_zero():
+    """It may hold NaN, and 0 · NaN is NaN."""
+    hf, model = language_model(T.Qwen2Config), tiny_model()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    cache = run(hf, words(), mask)
+    wanted = velocity(model, PrefixCache.from_hf(cache, mask))
+    for layer in cache.layers:
+        layer.keys[1, :, 3:] = layer.values[1, :, 3:] = torch.nan
+    prefix = PrefixCache.from_hf(cache, mask)
+    assert velocity(model, prefix).equal(wanted)
+    assert not prefix.values[:, 1, :, 3:].any()
+    assert prefix.values[:, 1, :, :3].all()
+
+
+def test_a_mask_that_hides_nothing_is_left_out():
+    cache = run(language_model(T.Qwen2Config))
+    for ones in (torch.ones(2, 6), torch.ones(2, 6).bool(), torch.ones(2, 6).long()):
+        assert_same(PrefixCache.from_hf(cache, ones), PrefixCache.from_hf(cache))
+
+
+def test_positions_of_one_row_serve_all():
+    cache = run(language_model(T.Qwen2Config))
+    assert PrefixCache.from_hf(cache, position_ids=torch.arange(4, 10)[None]).next_position.tolist() == [10, 10]
+
+
+def test_a_prefix_knows_what_is_in_it():
+    model = shared_model()
+    with torch.no_grad():
+        source = model.encode_prefix(source_latents=latents(4, 2, 2).view(2, 2, Z, 2, 2))
+        text = model.encode_prefix(words())
+        both = model.encode_prefix(words(), prefix=source)
+    external = PrefixCache.from_hf(run(language_model(T.Qwen2Config)))
+    empty = PrefixCache.empty(model.config, 2)
+    joined = PrefixCache.concat_batch([text, empty, source])
+    found = [(x.source_images, x.has_text) for x in (empty, source, text, both, external, joined)]
+    assert found == [(0, False), (2, False), (0, True), (2, True), (0, True), (2, True)]
+    assert (joined.repeat_interleave(2).source_images, both.detach().to("cpu").has_text) == (2, True)
+
+
 SLIDING = {
     "mistral": (T.MistralConfig, {"sliding_window": WINDOW, "head_dim": 12}),
     "gemma3": (
