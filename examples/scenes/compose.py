@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations, product
 
 from .language import RELATIONS, Prompt, Wanted
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, Background, Scene, Thing, reach
+from .world import BACKGROUNDS, BOARD, CELL, COLOURS, SHAPES, Background, Scene, Thing, cell_name, reach
 
 TASKS = ("single_object", "two_objects", "counting", "colour", "position", "colour_attribution")
 Kind = tuple[str, str]  # (colour, shape)
@@ -17,11 +17,9 @@ HELD_OUT: frozenset[Kind] = frozenset({
     ("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("purple", "square"),
 })  # fmt: skip
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
-# A board of 4 by 4 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
-CELL = 16
-BOARD = range(CELL // 2, SIZE, CELL)  # of centres, on both axes
-SIZES = (12, 14)  # inside a cell, with background between neighbours
+SIZES = (13, 15)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
+DENSE = 0.5  # of training captions, that say where each thing is
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
 
 
@@ -84,7 +82,17 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
         else:
             kinds = [rng.choice(SEEN)] * rng.randint(2, 3) + [rng.choice(SEEN)]
     scene = arrange(rng, kinds, relation)
+    if rng.random() < DENSE:
+        return scene, _dense_caption(rng, scene)
     return scene, _caption(rng, kinds, relation, scene.background.name)
+
+
+def _dense_caption(rng: random.Random, scene: Scene) -> Prompt:
+    """Every thing with its cell. Without such captions, words are learned late: where a thing is, they do not say,
+    and once the noise shows where, it shows what as well."""
+    wanted = [Wanted(thing.shape, thing.colour, cell=cell_name(thing.x, thing.y)) for thing in scene.things]
+    rng.shuffle(wanted)
+    return Prompt("caption", tuple(wanted), None, scene.background.name if rng.random() < 0.35 else None)
 
 
 def _caption(rng: random.Random, kinds: list[Kind], relation: str | None, background: str) -> Prompt:
@@ -182,7 +190,9 @@ def place(rng: random.Random, colour: str, shape: str, step: int = CELL) -> Thin
 def fits(thing: Thing, other: Thing, overlap: bool = False) -> bool:
     """Whether two things are in cells of their own, or overlap a little where they may."""
     dx, dy = thing.x - other.x, thing.y - other.y
-    if not overlap or thing.colour == other.colour:  # one colour over the same would be one blob
+    if thing.colour == other.colour:  # side by side they would be one blob
+        return dx**2 + dy**2 >= 2 * CELL**2
+    if not overlap:
         return max(abs(dx), abs(dy)) >= CELL
     mine, others = reach(thing.shape, thing.size), reach(other.shape, other.size)
     return (dx**2 + dy**2) ** 0.5 - mine - others >= -0.35 * min(mine, others)

@@ -8,9 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .compose import BOARD, HELD_OUT, KINDS, SEEN, arrange, background, fits, holds, place, trainable
+from .compose import HELD_OUT, KINDS, SEEN, arrange, background, fits, holds, place, trainable
 from .language import RELATIONS, SIDES
-from .world import COLOURS, SIZE, Scene, coverages
+from .world import BOARD, COLOURS, SIZE, Scene, coverages
 
 EDITS = ("recolour", "replace", "add", "remove", "move", "background")
 MARGIN = 2  # pixels around what changes that may change too: an autoencoder blurs

@@ -7,7 +7,7 @@ from torch import Tensor
 from .detector import Detection, Found, detect
 from .edits import MARGIN, Edit, region
 from .language import Prompt, Wanted
-from .world import SIZE, Thing
+from .world import SIZE, Thing, cell_name
 
 NEAR = 8  # pixels between a thing and where it should be
 PLAIN = 6  # pixels between two centres that make a relation true
@@ -45,7 +45,8 @@ def _shows(found: Detection, prompt: Prompt, exact: bool) -> bool:
 
 
 def _is(thing: Found, wanted: Wanted) -> bool:
-    return thing.shape == wanted.shape and wanted.colour in (None, thing.colour)
+    here = wanted.cell in (None, cell_name(thing.x, thing.y))
+    return here and thing.shape == wanted.shape and wanted.colour in (None, thing.colour)
 
 
 def related(thing: Found | Thing, relation: str, other: Found | Thing) -> bool:
@@ -74,7 +75,7 @@ def score_edits(sources: Tensor, edited: Tensor, edits: list[Edit]) -> list[tupl
                 if thing.kind == edit.target.things[edit.result].kind:
                     half = thing.size // 2 + 1 + MARGIN
                     keep[_around(thing.y, half), _around(thing.x, half)] = False
-        error = (image.clamp(-1, 1) - source)[:, keep].square().mean().item()
+        error = (image.clamp(-1, 1).nan_to_num(1) - source)[:, keep].square().mean().item()
         psnr = min(10 * math.log10(4 / error), HIGHEST_PSNR) if error > 0 else HIGHEST_PSNR
         scores.append((_followed(found, edit), psnr))
     return scores

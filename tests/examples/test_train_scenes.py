@@ -1,12 +1,13 @@
 """`make scenes` in a few steps: the whole path runs, scores itself, and goes on where it stopped."""
 
 import json
+import subprocess
 
 import numpy as np
 from PIL import Image
 
 from psvae import PSVAE, DeepFusionDiT
-from tests.examples.generator_world import command, run
+from tests.examples.generator_world import command, environment, run
 
 TINY = ("--share", "0.001", "--no-compile", "--prompts", "2", "--edits", "1", "--sampling-steps", "2")
 
@@ -30,3 +31,16 @@ def test_trains_scores_and_resumes(tmp_path):
     assert again["text_to_image"] == table["text_to_image"]
     assert again["editing"] == table["editing"]
     assert (tmp_path / "text_to_image" / "model" / "model.safetensors").stat().st_mtime_ns == written
+
+    refused = subprocess.run(
+        command("train_scenes", *TINY, "--output", tmp_path), env=environment(), capture_output=True, text=True
+    )
+    assert refused.returncode
+    assert "--resume goes on with it" in refused.stderr
+    refused = subprocess.run(
+        command("train_scenes", *TINY, "--resume", "--seed", "1", "--output", tmp_path),
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode
+    assert "seed 0, now 1" in refused.stderr
+    assert "Traceback" not in refused.stderr
