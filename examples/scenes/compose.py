@@ -17,7 +17,7 @@ HELD_OUT: frozenset[Kind] = frozenset({
     ("red", "star"), ("blue", "triangle"), ("green", "circle"), ("yellow", "cross"), ("purple", "square"),
 })  # fmt: skip
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
-SIZES = (13, 15)  # both stay inside a cell
+SIZES = (22, 28)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
 DENSE = 0.5  # of training captions, that say where each thing is
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
@@ -190,9 +190,7 @@ def place(rng: random.Random, colour: str, shape: str, step: int = CELL) -> Thin
 def fits(thing: Thing, other: Thing, overlap: bool = False) -> bool:
     """Whether two things are in cells of their own, or overlap a little where they may."""
     dx, dy = thing.x - other.x, thing.y - other.y
-    if thing.colour == other.colour:  # side by side they would be one blob
-        return dx**2 + dy**2 >= 2 * CELL**2
-    if not overlap:
+    if not overlap or thing.colour == other.colour:  # one colour over the same would be one blob
         return max(abs(dx), abs(dy)) >= CELL
     mine, others = reach(thing.shape, thing.size), reach(other.shape, other.size)
     return (dx**2 + dy**2) ** 0.5 - mine - others >= -0.35 * min(mine, others)

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from .world import BACKGROUNDS, COLOURS, SHAPES, SIZE, silhouette
 
-LEAST_AREA = 30  # pixels; a triangle of size 12 has 68
+LEAST_AREA = 60  # pixels; a cross of size 22 has 270
 STRANGE = 0.25  # RGB distance from every mixture, from which on a pixel is no colour of ours
-TEMPLATE_SIZES = range(10, 17)
+TEMPLATE_SIZES = range(18, 32, 2)
 BLURS = (0.0, 1.0, 1.8, 2.6)  # a decoder's picture is never quite sharp
 TAIL = 6  # pixels around a blob that still belong to it, where nothing else is nearer
-SHIFT, WINDOW = 3, 29  # pixels searched around the middle of what is seen; side of the compared window
+SHIFT, WINDOW = 3, 43  # pixels searched around the middle of what is seen; side of the compared window
 CONFIDENT = 0.75
 
 

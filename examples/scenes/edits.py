@@ -71,7 +71,7 @@ def region(edit: Edit) -> Tensor:
     """``64 64``, bool: where the picture may change. Outside it, source and target are equal."""
     if edit.kind == "background":
         things = coverages(edit.source).max(axis=0) == 1
-        return torch.from_numpy(~ndimage.binary_erosion(things))  # by one pixel: by two, no cross is left
+        return torch.from_numpy(~ndimage.binary_erosion(things, iterations=MARGIN))
     changed = np.zeros((SIZE, SIZE), bool)
     for scene, number in ((edit.source, edit.subject), (edit.target, edit.result)):
         if number is not None:

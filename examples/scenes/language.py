@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .world import BACKGROUNDS, CELLS, COLOURS, SHAPES
+from .world import BACKGROUNDS, COLOURS, SHAPES
 
 PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -14,10 +14,10 @@ RELATIONS = ("left of", "right of", "above", "below")
 SIDES = ("left", "right", "top", "bottom")
 PAD, START = 0, 1
 WORDS = (
-    "<pad>", "<start>", "a", "the", "and", "of", "on", "to", "with", "at", "background",
+    "<pad>", "<start>", "a", "the", "and", "of", "on", "to", "with", "background",
     "left", "right", "above", "below", "top", "bottom",
     "make", "replace", "add", "remove", "move", "change",
-    *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(), *CELLS,
+    *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(),
 )  # fmt: skip
 LENGTH = 28  # the longest caption, with its start token
 _IDS = {word: place for place, word in enumerate(WORDS)}
@@ -35,7 +35,7 @@ class Wanted:
     @property
     def text(self) -> str:
         words = [NUMBERS.get(self.count, "a"), self.colour, self.shape if self.count == 1 else PLURALS[self.shape]]
-        return " ".join(word for word in (*words, self.cell and f"at {self.cell}") if word)
+        return " ".join(word for word in (*words, self.cell) if word)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 SIZE = 64
-# A board of 4 by 4 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
-CELL = 16
+# A board of 2 by 2 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
+CELL = 32
 BOARD = range(CELL // 2, SIZE, CELL)  # of centres, on both axes
-CELLS = tuple(f"{column}{row}" for column in "abcd" for row in "1234")  # a1 is at the top left, a4 below it
+CELLS = ("top left", "bottom left", "top right", "bottom right")  # column by column
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # Any two colours of the eleven, shapes' and backgrounds', are at least 0.4 apart in RGB, so that a blurred or noisy
 # picture still says which one it is.

@@ -48,9 +48,9 @@ SPLITS = [(task, held_out) for task in TASKS for held_out in (False, True)]
 
 
 def degraded(images):
-    """About 26 dB away: blur, then noise."""
-    noise = 0.08 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return (gaussian_blur(images, 9, 1.2) + noise).clamp(-1, 1)
+    """About 25 dB away: blur, then noise."""
+    noise = 0.09 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (gaussian_blur(images, 9, 1.5) + noise).clamp(-1, 1)
 
 
 def psnr(a, b):
@@ -75,7 +75,7 @@ def test_the_right_picture_scores(task, held_out):
     assert share(score_prompts(images, prompts)) >= 0.99
     assert share(score_prompts(images, prompts, exact=True)) >= 0.99
     worse = degraded(images)
-    assert 24 < psnr(worse, images) < 28
+    assert 23 < psnr(worse, images) < 27
     assert share(score_prompts(worse, prompts)) >= 0.95
 
 
@@ -83,7 +83,7 @@ def test_training_captions_are_true():
     scenes, prompts = zip(*(example(seed) for seed in range(150)), strict=True)
     images = draw_many(scenes)
     assert share(score_prompts(images, prompts, exact=True)) >= 0.99
-    assert share(score_prompts(gaussian_blur(images, 13, 1.5), prompts)) >= 0.95
+    assert share(score_prompts(gaussian_blur(images, 13, 2.5), prompts)) >= 0.95
 
 
 def test_the_wrong_picture_does_not_score():
@@ -101,7 +101,7 @@ def test_the_wrong_picture_does_not_score():
 
 
 def test_each_word_of_a_prompt_matters():
-    scene = Scene((Thing("circle", "red", 18, 30, 15), Thing("square", "blue", 46, 34, 15)), Background("grey"))
+    scene = Scene((Thing("circle", "red", 16, 16, 22), Thing("square", "blue", 48, 16, 28)), Background("grey"))
     image, red, blue = draw(scene), Wanted("circle", "red"), Wanted("square", "blue")
     right = Prompt("position", (red, blue), "left of", "grey")
     assert right.text == "a red circle left of a blue square on a grey background"
@@ -119,7 +119,7 @@ def test_each_word_of_a_prompt_matters():
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_every_kind_is_detected_on_every_background(background):
-    things = [Thing(shape, colour, 30, 33, size) for shape in SHAPES for colour in COLOURS for size in (11, 13, 15)]
+    things = [Thing(shape, colour, 30, 33, size) for shape in SHAPES for colour in COLOURS for size in (20, 24, 28)]
     scenes = [Scene((thing,), Background(background, 0.03, (0.05, -0.05))) for thing in things]
     for scene, found in zip(scenes, detect(degraded(draw_many(scenes))), strict=True):
         assert found.background == background
@@ -139,10 +139,10 @@ def test_nothing_is_detected_where_nothing_is():
 
 
 def test_a_partly_hidden_thing_is_still_itself():
-    scene = Scene((Thing("square", "blue", 28, 32, 15), Thing("circle", "yellow", 38, 38, 15)), Background("white"))
+    scene = Scene((Thing("square", "blue", 24, 24, 24), Thing("circle", "yellow", 40, 36, 24)), Background("white"))
     assert {thing.kind for thing in detect(draw(scene)[None])[0].things} == {("blue", "square"), ("yellow", "circle")}
     depth = depth_map(scene)
-    assert depth[36, 33] == 2  # both cover it; the later one is in front
+    assert depth[32, 32] == 2  # both cover it; the later one is in front
     assert_equal(masks(scene).sum(dim=0), (depth > 0).long())
     assert set(class_map(scene).unique().tolist()) == {0, 1, 2}
 
