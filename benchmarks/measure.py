@@ -49,8 +49,9 @@ class Row:
         *,
         at_least: bool = False,
     ) -> "Row":
-        """The median and quartiles of repeated measurements."""
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        """The median and quartiles of repeated measurements; of one, that one."""
+        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        low, middle, high = quartiles
         return cls(name, middle, unit, low, high, target, note, at_least)
 
     def cells(self) -> tuple[str, ...]:
@@ -61,15 +62,17 @@ class Row:
 
 
 def report(measured: Iterable[Row], path: Path, **facts: Any) -> None:
-    """Print the rows as they come and then as a table, write the JSON."""
+    """Print the rows as they come and then as a table. The JSON holds all up to the last one, should the next fail."""
     rows: list[Row] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
     for row in measured:
         rows.append(row)
         print(f"  {row.name}: {row.value:.3g} {row.unit}", flush=True)
+        content = {"machine": machine(), **facts, "rows": [asdict(row) for row in rows]}
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
     print_table(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), **facts, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
 
 
