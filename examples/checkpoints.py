@@ -1,11 +1,15 @@
-"""What a training run keeps on accelerate: checkpoints, written whole or not at all, and averaged weights."""
+"""What a training run keeps on accelerate: checkpoints, written whole or not at all, averaged weights, its options, and
+the names of what it could not read."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
@@ -30,13 +34,61 @@ def first_step(accelerator: Accelerator, folder: Path, resume: bool) -> int:
     Raises:
         SystemExit: there are checkpoints, and they are not to be resumed.
     """
+    refuse_to_start_over(folder, resume)
     found = sorted(folder.glob("step*"))
     if not found:
         return 0
-    if not resume:
-        raise SystemExit(f"{folder} holds checkpoints of an earlier run: pass --resume, or another --output")
     accelerator.load_state(str(found[-1]))
     return int(found[-1].name.removeprefix("step"))
+
+
+def refuse_to_start_over(folder: Path, resume: bool) -> None:
+    """Before anything of the earlier run is overwritten.
+
+    Raises:
+        SystemExit: there are checkpoints, and they are not to be resumed.
+    """
+    if not resume and any(folder.glob("step*")):
+        raise SystemExit(f"{folder} holds checkpoints of an earlier run: pass --resume, or another --output")
+
+
+def write_options(accelerator: Accelerator, output: Path, options: Any) -> None:
+    """The dataclass as ``output/options.json``: once the run can begin, for there may be one of an earlier run."""
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "options.json", json.dumps(asdict(options), indent=2, default=str) + "\n")
+
+
+def write_names(accelerator: Accelerator, names: set[str], file: Path) -> list[str]:
+    """Those of all processes, sorted, one to a line; no file where there are none. All processes call it."""
+    known = sorted(set(gather_object(sorted(names))))
+    if accelerator.is_main_process:
+        if known:
+            write_text(file, "\n".join(known) + "\n")
+        else:
+            file.unlink(missing_ok=True)
+    return known
+
+
+def read_names(file: Path) -> set[str]:
+    """What `write_names` left, so that a resumed run forgets none."""
+    return set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+
+
+def write_text(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def mean_of(accelerator: Accelerator, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Over the processes, which all call it."""
+    if not numbers:
+        return {}
+    values = torch.stack([value.detach().float() for value in numbers.values()])
+    return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
 
 
 class Ema:

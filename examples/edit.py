@@ -4,11 +4,14 @@
         --source dog.png --instruction "make it red"
     accelerate launch examples/edit.py --model ... --vae ... --gedit stepfun-ai/GEdit-Bench --output out/gedit
 
+A picture is resized to about `size`² pixels, whole and in its proportions, up to the rounding of its sides to what VAE
+and generator take. `--crop` edits the centre square instead, such as train_generator.py shows.
+
 GEdit-Bench's pictures lie as its evaluator reads them: `output/fullset/<task>/<language>/<key>.png`, and beside each
-what was edited, `<key>_SRCIMG.png`: the centre crop. Processes share the work, and a killed run goes on by the same
-command.
+what was edited, `<key>_SRCIMG.png`. Processes share the work, and a killed run goes on by the same command.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from accelerate import Accelerator
 from data import UNREADABLE, center_transform, open_table, read_image
 from PIL import Image
 from sampling import Sampler, SamplingOptions, claim, save_image, share
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,8 @@ class Options(SamplingOptions):
     """Towards the source; None guides against no condition, by `--guidance` alone, as the paper does."""
     guidance_form: Literal["nested", "additive"] = "nested"
     """With `--image-guidance`: BAGEL's form or InstructPix2Pix's."""
+    crop: bool = False
+    """Edit the centre square of `size`, not the whole picture."""
     output: Path = Path("outputs/edited")
 
 
@@ -51,17 +58,27 @@ def main(options: Options) -> None:
     jobs = read_jobs(options)
     accelerator = Accelerator()
     sampler = Sampler(options, accelerator, image_scale=options.image_guidance, form=options.guidance_form)
-    crop = center_transform(options.size)
+    if not options.crop and sampler.vae.latent_spec.grid is not None:
+        raise SystemExit("the VAE's statistics are per element of a square, so it takes no other shape: pass --crop")
     if options.gedit is not None:
         claim(options, options.output, accelerator)
     else:
         jobs[0].files[0].unlink(missing_ok=True)
     for job in share(jobs, accelerator):
-        source = crop(job.open())
+        source = fit(job.open(), options, sampler.unit)
         edited = sampler([job.text], [(job.place, 0)], source[None])[0]
         for image, file in zip((edited, source), job.files, strict=False):
             save_image(image, file)
     accelerator.wait_for_everyone()
+
+
+def fit(picture: Image.Image, options: Options, unit: int) -> Tensor:
+    """``3 H W`` in [-1, 1]: the whole picture, or its centre square."""
+    if options.crop:
+        return center_transform(options.size)(picture)
+    scale = options.size / math.sqrt(picture.height * picture.width)
+    sides = [max(1, round(side * scale / unit)) * unit for side in (picture.height, picture.width)]
+    return pil_to_tensor(resize(picture, sides, antialias=True)) / 127.5 - 1
 
 
 def read_jobs(options: Options) -> list[Job]:

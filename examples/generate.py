@@ -9,6 +9,7 @@ prompt's place and the picture's number, so processes share the work, and a kill
 what is there is not made again.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,15 @@ from sampling import Sampler, SamplingOptions, claim, save_image, share
 from torch import Tensor
 from torchvision.utils import make_grid
 
+GRID = 4  # pictures in one of DPG-Bench's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SamplingOptions):
     """Text to image."""
 
     prompt: str | None = None
-    """One prompt: writes `output/0000.png`, ..., over what is there."""
+    """One prompt: writes `output/0000.png`, ..., over those of an earlier prompt, of which none stay."""
     geneval: Path | None = None
     """GenEval's `evaluation_metadata.jsonl`: writes `output/00000/metadata.jsonl` and `samples/0000.png`, ..."""
     dpg: Path | None = None
@@ -52,11 +55,19 @@ def main(options: Options) -> None:
     if options.prompt is None:
         claim(options, options.output, accelerator)
     else:
-        for file in jobs[0].files:
-            file.unlink(missing_ok=True)
+        remove_earlier(options.output, options.images)
     for job in share(jobs, accelerator):
         write(job, sampler([job.text] * options.images, [(job.place, number) for number in range(options.images)]))
     accelerator.wait_for_everyone()
+
+
+def remove_earlier(output: Path, images: int) -> None:
+    """The pictures of an earlier prompt: as many as now, and those that follow without a gap."""
+    for number in itertools.count():
+        file = output / f"{number:04d}.png"
+        if number >= images and not file.exists():
+            return
+        file.unlink(missing_ok=True)
 
 
 def read_jobs(options: Options) -> list[Job]:
@@ -68,6 +79,8 @@ def read_jobs(options: Options) -> list[Job]:
     given = [x for x in (options.prompt, options.geneval, options.dpg) if x is not None]
     if len(given) != 1 or options.images < 1:
         raise SystemExit(f"{len(given)} of --prompt, --geneval and --dpg came for {options.images} images; wanted one")
+    if options.dpg is not None and options.images > GRID:
+        raise SystemExit(f"--images {options.images} with --dpg; wanted at most {GRID}, as many as its evaluator reads")
     out, names = options.output, [f"{number:04d}.png" for number in range(options.images)]
     if options.prompt is not None:
         jobs = [Job(0, options.prompt.strip(), [out / name for name in names])]

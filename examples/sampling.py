@@ -5,7 +5,7 @@ For generate.py and edit.py; train_generator.py borrows the models' half for its
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from checkpoints import write_text
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from psvae import PSVAE, DeepFusionDiT, PixelVAE, PrefixCache, PSVAEError, flow
+from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, PrefixCache, PSVAEError, flow
 from psvae.adapt import latent_shape
 
 TOKENIZER = "tokenizer"  # subfolder of a saved generator
@@ -54,6 +55,9 @@ class Sampler:
 
     Args:
         extra: fields of `flow.Guidance` beside those of the options.
+
+    Attributes:
+        unit: pixels; sides of pictures are multiples of it.
     """
 
     def __init__(self, options: SamplingOptions, accelerator: Accelerator, **extra: Any) -> None:
@@ -67,10 +71,8 @@ class Sampler:
             self.vae = load_vae(options.vae, self.device)
             self.shape = latent_shape(self.vae, options.size)
             self.tokenizer = Tokenizer(options.tokenizer, options.model)
-        if self.model.config.in_channels != self.shape[0]:
-            raise SystemExit(
-                f"the generator makes {self.model.config.in_channels} channels, the VAE's latents have {self.shape[0]}"
-            )
+        check_generator(self.model.config, self.shape)
+        self.unit = options.size // self.shape[1] * self.model.config.patch_size
 
     @torch.no_grad()
     def __call__(self, texts: list[str], places: list[tuple[int, int]], sources: Tensor | None = None) -> Tensor:
@@ -78,21 +80,23 @@ class Sampler:
 
         Args:
             places: (prompt, number) of each picture; its noise depends on them and the seed alone.
-            sources: ``B 3 H W`` in [-1, 1], to edit.
+            sources: ``B 3 H W`` in [-1, 1], to edit; the pictures are of their size.
         """
         ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
-        source_latents = None
+        source_latents, shape = None, self.shape
         if sources is not None:
-            posterior = self.vae.encode(sources.to(self.device)).latent_dist
-            source_latents = scale_latents(self.vae, posterior.mode()).to(self.dtype)
+            with plain_errors():
+                posterior = self.vae.encode(sources.to(self.device)).latent_dist
+                source_latents = scale_latents(self.vae, posterior.mode()).to(self.dtype)
+            shape = source_latents.shape[1:]
         prefixes = branches(self.model, self.guidance, ids, mask, source_latents)
         velocity = flow.guided(self.model, prefixes, self.guidance)
-        latents = flow.sample(velocity, self._noise(places), self.sigmas, solver=self.options.solver)
+        latents = flow.sample(velocity, self._noise(places, shape), self.sigmas, solver=self.options.solver)
         return decode(self.vae, latents.float()).cpu()
 
-    def _noise(self, places: list[tuple[int, int]]) -> Tensor:
+    def _noise(self, places: list[tuple[int, int]], shape: Sequence[int]) -> Tensor:
         seeds = [zlib.crc32(repr((self.options.seed, *place)).encode()) for place in places]
-        rows = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self.device, self.dtype)
 
 
@@ -140,6 +144,24 @@ def load_vae(name: str, device: torch.device) -> PSVAE | PixelVAE:
         except PSVAEError as error:
             said.append(str(error))
     raise SystemExit("; ".join(dict.fromkeys(said)))
+
+
+def check_generator(config: DeepFusionDiTConfig, latents: Sequence[int]) -> None:
+    """Whether it goes with such latents, Z h w, and with texts.
+
+    Raises:
+        SystemExit: it does not.
+    """
+    channels, height, width = latents
+    if config.fusion == "prefix":
+        raise SystemExit("a generator with fusion 'prefix' reads no texts; these scripts take 'shared' or 'mot'")
+    if config.in_channels != channels:
+        raise SystemExit(f"the VAE's latents have {channels} channels, the generator's {config.in_channels}")
+    if height % config.patch_size or width % config.patch_size:
+        raise SystemExit(
+            f"latents of this size are {height} x {width}, which patches of {config.patch_size} do not fill: take a "
+            f"--size that is a multiple of the VAE's stride times {config.patch_size}"
+        )
 
 
 def scale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
@@ -201,18 +223,31 @@ def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> N
     """Keep the pictures of two runs apart: what was asked for lies beside the folder, which takes no others.
 
     Raises:
-        SystemExit: the folder belongs to other options.
+        SystemExit: the folder holds pictures of other options.
     """
-    beside, asked = output.with_name(f"{output.name}.json"), json.loads(json.dumps(asdict(options), default=str))
-    before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else asked
-    changed = [name for name, value in asked.items() if before.get(name) != value]
-    if changed:
-        said = "; ".join(f"{name}: {before.get(name)!r} before, {asked[name]!r} now" for name in changed)
-        raise SystemExit(f"{output} holds pictures of another run ({said}); choose another --output")
-    accelerator.wait_for_everyone()
+    beside, asked = output.with_name(f"{output.name}.json"), asked_for(options)
+    if beside.exists() and any(path.is_file() for path in output.rglob("*")):
+        try:
+            before = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except ValueError as error:
+            said = f"{beside}, which says of what options the pictures in {output} are, cannot be read ({error})"
+            raise SystemExit(f"{said}; choose another --output") from error
+        changed = [name for name, value in asked.items() if before.get(name) != value]
+        if changed:
+            said = "; ".join(f"{name}: {before.get(name)!r} before, {asked[name]!r} now" for name in changed)
+            raise SystemExit(f"{output} holds pictures of another run, see {beside} ({said}); choose another --output")
+    accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+        write_text(beside, json.dumps(asked, indent=2) + "\n")
+
+
+def asked_for(options: SamplingOptions) -> dict[str, Any]:
+    """As JSON gives it back, but for the output; files and folders by the whole of their paths."""
+    found = {name: value for name, value in asdict(options).items() if name != "output"}
+    for name, value in found.items():
+        if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
+            found[name] = str(Path(value).resolve())
+    return json.loads(json.dumps(found))
 
 
 def save_image(image: Tensor, path: Path) -> None:

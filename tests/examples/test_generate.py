@@ -1,6 +1,7 @@
 """generate.py and edit.py: what the official evaluators find, each picture once, whatever stops the run."""
 
 import glob
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from tests.examples.generator_world import (
     script,
     tiny_generator,
 )
+from tests.tiny import fill_weights, tiny_psvae
 
 generate, edit, sampling = script("generate"), script("edit"), script("sampling")
 PROMPTS = ["a red dog", "a green cat", "a blue tree", "a red tree", "a blue dog"]
@@ -101,6 +103,8 @@ def test_one_prompt(world, tmp_path):
     assert [path for path in first if other[path] == first[path]] == []
     assert contents(make(generate, world, tmp_path / "seed", prompt="a red dog", seed=1)) != first
     assert len(contents(make(generate, world, tmp_path / "two", prompt="a red dog", images=2))) == 2
+    make(generate, world, tmp_path, prompt="a red dog", images=1)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["0000.png"]  # none of another prompt stays
 
 
 @pytest.mark.parametrize(
@@ -179,8 +183,48 @@ def test_a_killed_run_goes_on_to_the_same_pictures(world, geneval):
 
 
 def test_pictures_of_other_options_are_not_mixed(world, geneval):
-    with pytest.raises(SystemExit, match=r"geneval holds pictures of another run \(guidance: 6.5 before, 2.0 now\)"):
+    said = r"geneval holds pictures of another run, see .*/geneval.json \(guidance: 6.5 before, 2.0 now\)"
+    with pytest.raises(SystemExit, match=said):
         make(generate, world, geneval, geneval=world / "metadata.jsonl", guidance=2.0)
+
+
+@pytest.fixture
+def claim(world, tmp_path, monkeypatch):
+    """`sampling.claim` for a folder with one picture, by the options that change."""
+    monkeypatch.chdir(world)
+    accelerator = generate.Accelerator()
+    (tmp_path / "og").mkdir()
+    (tmp_path / "og" / "0000.png").write_bytes(png(0))
+
+    def call(**changes):
+        fields = arguments(world, tmp_path / "og", geneval=world / "metadata.jsonl") | changes
+        chosen = generate.Options(**fields)
+        sampling.claim(chosen, chosen.output, accelerator)
+
+    return call
+
+
+def test_an_emptied_folder_takes_other_options(tmp_path, claim):
+    claim()
+    (tmp_path / "og" / "0000.png").unlink()
+    claim(seed=1)  # of which the file beside it speaks now
+    (tmp_path / "og" / "0000.png").write_bytes(png(0))
+    with pytest.raises(SystemExit, match=r"og.json \(seed: 1 before, 0 now\)"):
+        claim()
+
+
+def test_paths_are_the_same_however_they_are_written(tmp_path, world, claim):
+    claim()
+    claim(model="model", vae="./vae", geneval=Path("metadata.jsonl"), output=Path(os.path.relpath(tmp_path / "og")))
+    with pytest.raises(SystemExit, match=r"vae: '/.*/vae' before, '/.*/model' now"):
+        claim(vae="model")
+
+
+def test_a_half_written_claim_is_one_clear_line(tmp_path, claim):
+    (tmp_path / "og.json").write_text('{"model": ')
+    with pytest.raises(SystemExit, match=r"og.json, which says of what options .* cannot be read .*another --output$"):
+        claim()
+    assert (tmp_path / "og.json").read_text() == '{"model": '
 
 
 # DPG-Bench
@@ -212,12 +256,31 @@ def test_gedit_bench_s_evaluator_finds_all(world, gedit):
         folder = gedit / "fullset" / task / language
         [found] = glob.glob(str(folder / f"{key}.*"))  # as run_gedit_score.py does
         source = pixels(folder / f"{key}_SRCIMG.png")
-        assert source.shape == pixels(found).shape == (3, SIZE, SIZE)
-        (world / "raw.png").write_bytes(png(number, SIZE + 4, SIZE + 20))
-        with Image.open(world / "raw.png") as raw:
-            crop = script("data").center_transform(SIZE)(raw)
-        assert (source / 127.5 - 1 - crop).abs().max() < 0.01
+        assert source.shape == pixels(found).shape == (3, 24, 40)  # 36 x 52, of 32² pixels, in multiples of the stride
+        with Image.open(io.BytesIO(png(number, SIZE + 4, SIZE + 20))) as raw:
+            assert torch.equal(source, pil_to_tensor(raw.resize((40, 24), Image.Resampling.BILINEAR)))
     assert len(list(gedit.rglob("*.png"))) == 2 * len(TASKS)
+
+
+def test_the_centre_square_is_edited_where_asked_for(world, tmp_path):
+    raw = png(3, 60, 40)
+    (tmp_path / "dog.png").write_bytes(raw)
+    asked = {"source": tmp_path / "dog.png", "instruction": "make it red"}
+    assert pixels(make(edit, world, tmp_path / "whole", **asked) / "edited.png").shape == (3, 40, 24)
+    assert pixels(make(edit, world, tmp_path / "square", **asked, crop=True) / "edited.png").shape == (3, SIZE, SIZE)
+    with Image.open(io.BytesIO(raw)) as picture:
+        options = edit.Options(**arguments(world, tmp_path, crop=True))
+        assert torch.equal(edit.fit(picture, options, 8), script("data").center_transform(SIZE)(picture))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1000, 1000), (300, 1200), (1, 1000), (37, 36)])
+def test_sides_are_multiples_near_the_picture_s_own(tmp_path, height, width):
+    options = edit.Options(model="", vae="", size=256)
+    with Image.new("RGB", (width, height)) as picture:
+        _, *sides = edit.fit(picture, options, 16).shape
+    scale = 256 / (height * width) ** 0.5
+    assert all(side >= 16 and side % 16 == 0 for side in sides)
+    assert all(abs(side - max(16, own * scale)) <= 8 for side, own in zip(sides, (height, width), strict=True))
 
 
 def test_only_what_is_missing_is_made_again(world, gedit):
@@ -249,11 +312,23 @@ REFUSED = {
     "no texts": (generate, {"dpg": "vae"}, "no prompt in"),
     "an empty text": (generate, {"dpg": "empty"}, "out/x.png"),
     "size": (generate, {"prompt": "a dog", "size": 33}, "an image side is 33; wanted a multiple of the stride 8"),
-    "steps": (generate, {"prompt": "a dog", "steps": 0}, "num_steps is 0; wanted at least 1"),
+    "steps": (generate, {"prompt": "a dog", "steps": 0}, "num_steps is 0; wanted "),
     "interval": (generate, {"prompt": "a dog", "guidance_interval": (0.6, 0.4)}, "interval"),
     "no model": (generate, {"prompt": "a dog", "model": "vae"}, "holds a PSVAE; wanted a DeepFusionDiT"),
     "no vae": (generate, {"prompt": "a dog", "vae": "model"}, "holds a DeepFusionDiT; wanted a PSVAE"),
-    "channels": (generate, {"prompt": "a dog", "model": "five"}, "makes 5 channels, the VAE's latents have 8"),
+    "channels": (generate, {"prompt": "a dog", "model": "five"}, "latents have 8 channels, the generator's 5"),
+    "prefix": (generate, {"prompt": "a dog", "model": "prefix"}, "fusion 'prefix' reads no texts"),
+    "patches": (
+        generate,
+        {"prompt": "a dog", "model": "patches", "size": 40},
+        "latents of this size are 5 x 5, which patches of 2 do not fill",
+    ),
+    "six in a grid": (generate, {"dpg": "prompts", "images": 6}, "--images 6 with --dpg; wanted at most 4"),
+    "statistics per element": (
+        edit,
+        {"gedit": "gedit", "vae": "per_element"},
+        "takes no other shape: pass --crop",
+    ),
     "no tokenizer": (generate, {"prompt": "a dog", "model": "mute"}, "no tokenizer in"),
     "no edit": (edit, {}, "wanted --source with --instruction, or --gedit alone"),
     "half an edit": (edit, {"source": "gedit"}, "wanted --source with --instruction, or --gedit alone"),
@@ -272,6 +347,11 @@ def bad(world):
     tiny_generator(in_channels=5).save_pretrained(world / "five")
     make_tokenizer(world / "five" / "tokenizer")
     tiny_generator().save_pretrained(world / "mute")
+    tiny_generator(patch_size=2).save_pretrained(world / "patches")
+    make_tokenizer(world / "patches" / "tokenizer")
+    tiny_generator(fusion="prefix", vocab_size=None).save_pretrained(world / "prefix")
+    make_tokenizer(world / "prefix" / "tokenizer")
+    fill_weights(tiny_psvae(statistics_grid=(4, 4))).save_pretrained(world / "per_element")
     make_table(world / "other" / "train-0.parquet", text=["a dog"], input_image=[png(0)])
     return world
 
