@@ -7,7 +7,7 @@ quickstart: .venv/installed
 
 # a tokenizer, text-to-image and editing from nothing, and their scores: 25 minutes on two cores
 scenes: .venv/installed
-	.venv/bin/python examples/train_scenes.py
+	.venv/bin/python examples/train_scenes.py $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2

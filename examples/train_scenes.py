@@ -40,9 +40,10 @@ from psvae import (
     losses,
 )
 
-CHANNELS, STRIDE, WIDTH = 4, 4, 192
-PATCH = scenes.CELL // STRIDE  # one token of the generator per cell of the board
+CHANNELS, STRIDE, PATCH, WIDTH = 4, 4, 4, 192  # four tokens of the generator per cell of the board
 GRID = scenes.SIZE // STRIDE
+# What a picture of flat colours shows is decided early, in much noise: there it is trained and sampled most.
+SIGMA_MEAN, SIGMA_STD, SHIFT = 1.0, 1.5, 4.0
 HELD_OUT_SEED = 10**9  # beyond every seed that training draws
 
 
@@ -63,8 +64,8 @@ class Options:
     compile: bool = True
     """`torch.compile` the generator; needs a C++ compiler."""
     tokenizer_steps: int = 1800
-    image_steps: int = 4500
-    edit_steps: int = 2000
+    image_steps: int = 7000
+    edit_steps: int = 3000
     image_pairs: int = 24_000
     """Pictures and captions to train on, each seen several times."""
     edit_pairs: int = 12_000
@@ -171,9 +172,9 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
         output=folder, steps=steps, batch_size=32, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
-        ema=0.995, shift=1.0, mixed_precision="bf16", compile=options.compile, seed=options.seed,
+        ema=0.995, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16", compile=options.compile, seed=options.seed,
         resume=options.resume, log_every=20, sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4),
-        sampling_steps=options.sampling_steps, sampling_shift=1.0, guidance=options.guidance, tracker="none",
+        sampling_steps=options.sampling_steps, sampling_shift=SHIFT, guidance=options.guidance, tracker="none",
     )  # fmt: skip
     count = max(64, round((options.edit_pairs if edits else options.image_pairs) * options.share))
     pairs = (edit_pairs if edits else image_pairs)(vae, count)
@@ -305,7 +306,7 @@ def generate(model: DeepFusionDiT, vae: PSVAE, texts: list[str], sources: Tensor
         empty, scale = model.encode_prefix(source_latents=source_latents), options.edit_guidance
     velocity = flow.guided(model, {"full": full, "empty": empty}, flow.Guidance(scale))
     noise = torch.randn(len(texts), CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(options.seed))
-    latents = flow.sample(velocity, noise, flow.sigma_schedule(options.sampling_steps))
+    latents = flow.sample(velocity, noise, flow.sigma_schedule(options.sampling_steps, SHIFT))
     return vae.decode(latents).sample.float().clamp(-1, 1)
 
 

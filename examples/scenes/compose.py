@@ -19,7 +19,7 @@ HELD_OUT: frozenset[Kind] = frozenset({
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
 SIZES = (22, 28)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
-DENSE = 0.5  # of training captions, that say where each thing is
+DENSE = 0.6  # of training captions, that say where each thing is
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
 
 
