@@ -6,6 +6,7 @@ alone, so a killed run goes on with the very next row. Pictures are not mirrored
 
 import itertools
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from cache_latents import CachedLatents
 from data import UNREADABLE, Order, center_transform, open_table, read_image, shard_samples, tar_files
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from psvae import DiagonalGaussian
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class PairOptions:
     source: str | None = None
     """Column or ending of the picture to edit."""
     latents: Path | None = None
-    """Folder of cache_latents.py, row by row those of `image`, read in its place (Hugging Face datasets)."""
+    """Folder of cache_latents.py, row by row those of `image`, read in its place (Hugging Face datasets). Written with
+    `--moments`, they are drawn anew each time, as of pictures; without, always the same draw."""
     source_latents: Path | None = None
-    """The same for `source`."""
+    """The same for `source`; takes a folder written with `--moments`, for a source is its posterior's mean."""
     size: int = 256
     """Side of the centre crop, in pixels."""
     workers: int = 4
@@ -54,7 +58,8 @@ class Pairs:
 
     texts: list[str]
     images: Tensor | None
-    latents: Tensor | None
+    latents: Tensor | DiagonalGaussian | None
+    """A posterior where the cache has moments."""
     sources: Tensor | None
     source_latents: Tensor | None
     unreadable: list[str]
@@ -100,8 +105,13 @@ class Table(Dataset):
     def __init__(self, options: PairOptions) -> None:
         self.options, self.crop = options, center_transform(options.size)
         self.rows = open_rows(options)
-        self.latents = open_cache(options.latents, len(self.rows))
-        self.source_latents = open_cache(options.source_latents, len(self.rows))
+        self.latents = Cache.open(options.latents, len(self.rows))
+        self.source_latents = Cache.open(options.source_latents, len(self.rows))
+        if self.source_latents is not None and not self.source_latents.has_moments:
+            raise SystemExit(
+                f"{options.source_latents} holds draws of the posterior, and a source is its mean, which "
+                "cache_latents.py --moments stores: run it so, into another --output"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,12 +130,14 @@ class Table(Dataset):
     def _item(self, row: int) -> dict[str, Any]:
         content, options = self.rows[row], self.options
         item: dict[str, Any] = {"text": text_of(content, options.text)}
-        if self.latents is not None:
-            item["latents"] = self.latents[row][0]
+        if self.latents is not None and self.latents.has_moments:
+            item["moments"] = self.latents.moments(row)
+        elif self.latents is not None:
+            item["latents"] = self.latents.draw(row)
         else:
             item["image"] = self.crop(read_image(content[options.image]))
         if self.source_latents is not None:
-            item["source_latents"] = self.source_latents[row][0]
+            item["source_latents"] = self.source_latents.mean(row)
         elif options.source is not None:
             item["source"] = self.crop(read_image(content[options.source]))
         return item
@@ -189,17 +201,57 @@ def open_rows(options: PairOptions) -> Any:
     return table
 
 
-def open_cache(folder: Path | None, rows: int) -> CachedLatents | None:
-    """Cached latents for as many rows."""
-    if folder is None:
-        return None
-    try:
-        cached = CachedLatents(folder)
-    except FileNotFoundError as error:
-        raise SystemExit(f"{folder} holds no latents of cache_latents.py: {error}") from error
-    if len(cached) != rows:
-        raise SystemExit(f"{folder} holds {len(cached)} latents for {rows} rows; wanted one for each")
-    return cached
+class NotCached(ValueError):
+    """The row could not be read when the latents were cached."""
+
+
+class Cache:
+    """Cached latents by row of the table.
+
+    Attributes:
+        has_moments: whether mean and log-variance are there.
+    """
+
+    def __init__(self, latents: CachedLatents, left_out: list[int]) -> None:
+        self.latents, self.left_out = latents, left_out
+        self.has_moments: bool = latents.manifest["moments"]
+
+    @classmethod
+    def open(cls, folder: Path | None, rows: int) -> "Cache | None":
+        """Of as many rows.
+
+        Raises:
+            SystemExit: not a finished folder of cache_latents.py, or of another table.
+        """
+        if folder is None:
+            return None
+        try:
+            cached = CachedLatents(folder)
+        except FileNotFoundError as error:
+            raise SystemExit(f"{folder} holds no latents of cache_latents.py: {error}") from error
+        of_table = cached.manifest["split"] is not None  # else of files: removed ones are not in our table either
+        left_out = sorted(cached.manifest["left_out"]) if of_table else []
+        if len(cached) + len(left_out) != rows:
+            raise SystemExit(f"{folder} is of {len(cached) + len(left_out)} rows, the data has {rows}; wanted as many")
+        return cls(cached, left_out)
+
+    def draw(self, row: int) -> Tensor:
+        """``Z h w``, always the same."""
+        return self.latents[self._place(row)][0]
+
+    def moments(self, row: int) -> Tensor:
+        """Mean and log-variance, ``2Z h w``."""
+        return torch.cat(self.latents.moments(self._place(row))).float()
+
+    def mean(self, row: int) -> Tensor:
+        """``Z h w``."""
+        return self.latents.moments(self._place(row))[0]
+
+    def _place(self, row: int) -> int:
+        before = bisect_left(self.left_out, row)
+        if row in self.left_out[before : before + 1]:
+            raise NotCached(f"row {row} could not be read when its latents were cached")
+        return row - before
 
 
 def check_shards(options: PairOptions) -> None:
@@ -234,7 +286,9 @@ def collate(items: list[dict[str, Any]]) -> Pairs:
     def stack(name: str) -> Tensor | None:
         return torch.stack([item[name] for item in items]) if name in items[0] else None
 
+    moments = stack("moments")
+    latents = stack("latents") if moments is None else DiagonalGaussian(moments)
     return Pairs(
-        [item["text"] for item in items], stack("image"), stack("latents"), stack("source"), stack("source_latents"),
+        [item["text"] for item in items], stack("image"), latents, stack("source"), stack("source_latents"),
         [name for item in items for name in item["unreadable"]],
     )  # fmt: skip

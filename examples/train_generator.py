@@ -14,23 +14,34 @@ import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
-from checkpoints import Ema, first_step, save_checkpoint
+from accelerate.utils import DistributedType, ProjectConfiguration
+from cache_latents import CachedLatents
+from checkpoints import (
+    Ema,
+    first_step,
+    mean_of,
+    read_names,
+    refuse_to_start_over,
+    save_checkpoint,
+    write_names,
+    write_options,
+)
 from pairs import Batches, PairOptions, Pairs, pair_batches
-from sampling import Tokenizer, branches, decode, load_vae, plain_errors, scale_latents
+from sampling import Tokenizer, branches, check_generator, decode, load_vae, plain_errors, scale_latents
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, flow
+from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, DiagonalGaussian, PixelVAE, flow
+from psvae.adapt import latent_shape
 
 Tokenise = Callable[[list[str]], tuple[Tensor, Tensor]]  # texts → ids and mask, both B T
 SHOWN = 8  # pictures of a sample grid
@@ -160,8 +171,10 @@ class Training:
         options, accelerator = self.options, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         self.step = first_step(accelerator, self.checkpoints, options.resume)
+        write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")
+            self.unreadable = read_names(options.output / "unreadable.txt")
         stream = self.batches(options.batch_size, options.seed, rank, world, self.step * options.accumulate)
         shown = next(self.batches(SHOWN, options.seed, rank, world, 0))  # the same at every step and after a restart
         bar = tqdm(initial=self.step, total=options.steps, disable=not accelerator.is_main_process)
@@ -170,21 +183,24 @@ class Training:
             self.step += 1
             bar.update()
             if self.step % options.log_every == 0:
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-                accelerator.log({"loss": loss.item(), "lr": self._lr()}, step=self.step)
+                numbers = mean_of(accelerator, {"loss": loss})
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}")
+                accelerator.log(numbers | {"lr": self._lr()}, step=self.step)
             if self.step % options.sample_every == 0 and self.step < options.steps:
                 self._sample(shown, self.averaged())
             if self.step % options.checkpoint_every == 0 and self.step < options.steps:
+                write_names(accelerator, self.unreadable, options.output / "unreadable.txt")
                 save_checkpoint(accelerator, self.checkpoints, self.step, options.keep_checkpoints)
         bar.close()
         self._finish(shown)
 
     def _train_step(self, stream: Iterator[Pairs]) -> Tensor:
-        """One optimiser step. Rate, noise and what is dropped depend on the step alone: a resumed run repeats them."""
+        """One optimiser step, and its mean loss. Rate, noise and what is dropped depend on the step alone: a resumed
+        run repeats them."""
         options, accelerator = self.options, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
-        loss = torch.zeros(())
+        total = torch.zeros((), device=accelerator.device)
         for part in range(options.accumulate):
             pairs = next(stream)
             self.unreadable.update(pairs.unreadable)
@@ -197,9 +213,10 @@ class Training:
                     accelerator.clip_grad_norm_(self.model.parameters(), options.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+            total += loss.detach() / options.accumulate
         if self.ema is not None:
             self.ema.update(self.model)
-        return loss.detach()
+        return total
 
     def _loss(self, pairs: Pairs, draw: torch.Generator) -> Tensor:
         """‖v − (ε − x)‖² at logit-normal noise levels, shifted by the latent's dimension (section 3.4)."""
@@ -228,13 +245,17 @@ class Training:
         return flow.flow_loss(output.sample, latents, noise)
 
     @torch.no_grad()
-    def _latents(self, images: Tensor | None, latents: Tensor | None, draw: torch.Generator | None) -> Tensor:
-        """What the generator sees, of pictures or of cached latents: with ``draw`` a sample, else the mean."""
+    def _latents(
+        self, images: Tensor | None, latents: Tensor | DiagonalGaussian | None, draw: torch.Generator | None
+    ) -> Tensor:
+        """What the generator sees, of pictures or of cached latents: with ``draw`` a sample, else the mean. A cache
+        without moments has one draw to give."""
         device = self.accelerator.device
         if latents is None:
             with self.accelerator.autocast():
-                posterior = self.vae.encode(images.to(device)).latent_dist
-            latents = posterior.mode() if draw is None else posterior.sample(draw)
+                latents = self.vae.encode(images.to(device)).latent_dist
+        if not isinstance(latents, Tensor):
+            latents = latents.mode() if draw is None else latents.sample(draw)
         return scale_latents(self.vae, latents.to(device, torch.float32))
 
     def _shift(self, latents: Tensor) -> float:
@@ -282,16 +303,16 @@ class Training:
     def _finish(self, shown: Pairs) -> None:
         model, output = self.averaged(), self.options.output
         self._sample(shown, model)
-        names = sorted(set(gather_object(sorted(self.unreadable))))
+        names = write_names(self.accelerator, self.unreadable, output / "unreadable.txt")
         if self.accelerator.is_main_process:
             model.save_pretrained(output / "model", training_command=shlex.join(["python", *sys.argv]))
             if names:
-                (output / "unreadable.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
                 print(f"{len(names)} rows could not be read and were skipped: {output / 'unreadable.txt'}")
         self.accelerator.wait_for_everyone()
 
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
+    refuse_to_start_over(options.output / "checkpoints", options.resume)
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulate,
@@ -300,9 +321,6 @@ def make_accelerator(options: TrainingOptions) -> Accelerator:
     )
     if options.ema and accelerator.distributed_type == DistributedType.FSDP:
         raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
-    if accelerator.is_main_process:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "options.json").write_text(json.dumps(asdict(options), indent=2, default=str))
     kind, precision = accelerator.distributed_type.value, options.mixed_precision
     accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
     if options.tracker != "none":
@@ -322,11 +340,18 @@ def build_model(options: Options, vae: PSVAE | PixelVAE) -> DeepFusionDiT:
             model = DeepFusionDiT(DeepFusionDiTConfig.from_dict(fields))
         else:
             model = DeepFusionDiT.from_llm(options.llm, **fields)
-    if model.config.in_channels != channels:
-        raise SystemExit(f"the VAE's latents have {channels} channels, the generator's {model.config.in_channels}")
+    check_generator(model.config, seen_shape(options.data, vae))
     if options.data.has_source and not model.config.max_source_images:
         raise SystemExit("the data has source pictures; the model's max_source_images is 0")
     return model
+
+
+def seen_shape(data: PairOptions, vae: PSVAE | PixelVAE) -> tuple[int, int, int]:
+    """Z h w of what is generated: of the cached latents, or of pictures of that size."""
+    if data.latents is None:
+        return latent_shape(vae, data.size)
+    channels, height, width = CachedLatents(data.latents)[0][0].shape
+    return channels, height, width
 
 
 def read_fields(file: Path | None) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The generator's training example: every kind of data, exact resumption after SIGKILL, dropped conditions."""
 
+import dataclasses
+import io
 import json
 import re
 import shlex
@@ -145,9 +147,14 @@ def test_a_killed_run_continues_bit_exactly(world, unbroken):
     assert (output / last).read_bytes() == (unbroken / last).read_bytes()
 
 
-def test_starting_over_checkpoints_is_refused(world, unbroken):
+def test_starting_over_checkpoints_is_refused_and_changes_nothing(world, unbroken):
+    before = (unbroken / "options.json").read_bytes()
     with pytest.raises(SystemExit, match=r"unbroken/checkpoints holds checkpoints .*: pass --resume, or another"):
-        train(world, unbroken)
+        train(world, unbroken, steps=9)
+    (world / "headless.json").write_text(json.dumps({"head_widht": 64}))
+    with pytest.raises(SystemExit, match="did you mean 'head_width'"):
+        train(world, unbroken, resume=True, model=world / "headless.json")
+    assert (unbroken / "options.json").read_bytes() == before
 
 
 def test_two_processes_train_together(world):
@@ -163,6 +170,8 @@ def test_editing_starts_from_text_to_image(world, unbroken, tmp_path):
     started = DeepFusionDiT.from_pretrained(unbroken / "model")
     assert model.config == started.config
     assert not torch.equal(model.layers[0].qkv.weight, started.layers[0].qkv.weight)
+    untrained = train(world, tmp_path / "none", data=data, init=unbroken / "model", llm=None, model=None, steps=0)
+    assert same(untrained.state_dict(), started.state_dict())
     assert picture_size(tmp_path / "samples" / "step0000006.png")[1] == 3 * (SIZE + 2) + 2
     script("sampling").Tokenizer(None, tmp_path / "model")  # went along from model to model
 
@@ -228,27 +237,75 @@ def test_the_blocks_are_the_language_model_s(world, tmp_path):
 # Cached latents
 
 
-def test_cached_latents_take_the_place_of_pictures(world, tmp_path):
+def cached_triples(world, root, contents, **more):
+    """A table with columns text, image and source, and the options that read it, and read it from caches."""
     cache = script("cache_latents")
-    sides = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
-    make_table(tmp_path / "triples" / "train-0.parquet", text=CAPTIONS[:7], **sides)
-    for side, contents in sides.items():
-        make_table(tmp_path / side / "train-0.parquet", image=contents, label=list(range(7)))
-        where = (str(world / "vae"), str(tmp_path / side), tmp_path / f"{side}_latents")
-        cache.main(cache.Options(*where, split="train", size=SIZE, shard_size=3, workers=0))
-    data = data_options(tmp_path, source="source")
-    cached = data_options(tmp_path, latents=tmp_path / "image_latents", source_latents=tmp_path / "source_latents")
-    train(world, tmp_path / "trained", data=cached, steps=2)
-    assert picture_size(tmp_path / "trained" / "samples" / "step0000002.png")[1] == 3 * (SIZE + 2) + 2
-    seen, stored = (next(pairs.pair_batches(of)(7, 0, 0, 1, 0)) for of in (data, cached))
+    make_table(root / "triples" / "train-0.parquet", text=CAPTIONS[: len(contents["image"])], **contents)
+    for side in contents:
+        fresh_accelerator()
+        where = (str(world / "vae"), str(root / "triples"), root / f"{side}_latents")
+        chosen = {"split": "train", "image_column": side, "label_column": None, "shard_size": 3, "workers": 0}
+        cache.main(cache.Options(*where, size=SIZE, **chosen, **more))
+    data = data_options(root, source="source")
+    return data, dataclasses.replace(data, latents=root / "image_latents", source_latents=root / "source_latents")
+
+
+@pytest.fixture(scope="module")
+def triples(world, tmp_path_factory):
+    contents = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
+    return cached_triples(world, tmp_path_factory.mktemp("cached"), contents, moments=True)
+
+
+def test_cached_moments_train_as_pictures_do(world, tmp_path, triples):
+    for name, data in zip(("seen", "stored"), triples, strict=True):
+        train(world, tmp_path / name, data=data, steps=2)
+    assert picture_size(tmp_path / "stored" / "samples" / "step0000002.png")[1] == 3 * (SIZE + 2) + 2
+    assert_close([weights(tmp_path / "stored")], [weights(tmp_path / "seen")])
+    seen, stored = (next(pairs.pair_batches(of)(7, 0, 0, 1, 0)) for of in triples)
     assert seen.texts == stored.texts
-    assert stored.images is None
+    assert stored.images is stored.sources is None
     with torch.no_grad():
-        for picture, found in ((seen.images, stored.latents), (seen.sources, stored.source_latents)):
-            posterior = PSVAE.from_pretrained(world / "vae").encode(picture).latent_dist
-            spread = (found - posterior.mean) / posterior.std  # of a draw from that very posterior
-            assert 0.8 < spread.std() < 1.2
-            assert spread.abs().max() < 6
+        vae = PSVAE.from_pretrained(world / "vae")
+        posterior, source = (vae.encode(side).latent_dist for side in (seen.images, seen.sources))
+    assert_close([stored.latents.mean, stored.latents.std], [posterior.mean, posterior.std])
+    assert_close([stored.source_latents], [source.mean])  # as edit.py takes it
+
+
+def test_a_cache_without_moments_gives_one_draw_and_no_source(world, tmp_path):
+    contents = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
+    data, cached = cached_triples(world, tmp_path, contents)
+    with pytest.raises(SystemExit, match="source_latents holds draws of the posterior, and a source is its mean, whi"):
+        pairs.pair_batches(cached)
+    drawn = dataclasses.replace(cached, source=None, source_latents=None)
+    seen, stored, again = (next(pairs.pair_batches(of)(7, 0, 0, 1, 0)) for of in (data, drawn, drawn))
+    assert_equal([stored.latents], [again.latents])
+    with torch.no_grad():
+        posterior = PSVAE.from_pretrained(world / "vae").encode(seen.images).latent_dist
+    spread = (stored.latents - posterior.mean) / posterior.std
+    assert 0.8 < spread.std() < 1.2
+    assert spread.abs().max() < 6
+
+
+def test_rows_that_could_not_be_cached_are_passed_over_and_named(world, tmp_path):
+    contents = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
+    contents["image"][4], contents["source"][1] = b"no picture", b"no picture"
+    _, cached = cached_triples(world, tmp_path, contents, moments=True)
+    train(world, tmp_path / "trained", data=cached)
+    assert (tmp_path / "trained" / "unreadable.txt").read_text() == "row 1: NotCached\nrow 4: NotCached\n"
+    vae = PSVAE.from_pretrained(world / "vae")
+    transform = script("data").center_transform(SIZE)
+    for batch in islice(pairs.pair_batches(cached)(1, 5, 0, 1, 0), 7):
+        row = CAPTIONS.index(batch.texts[0])
+        assert row not in (1, 4)
+        for side, found in (("image", batch.latents.mean), ("source", batch.source_latents)):
+            with torch.no_grad(), Image.open(io.BytesIO(contents[side][row])) as picture:
+                assert_close([found], [vae.encode(transform(picture)[None]).latent_dist.mean])
+
+
+def test_a_cache_of_another_table_is_refused(world, tmp_path, triples):
+    make_table(tmp_path / "short" / "train-0.parquet", text=CAPTIONS[:5], image=[png(row) for row in range(5)])
+    with pytest.raises(SystemExit, match="image_latents is of 7 rows, the data has 5; wanted as many"):
+        pairs.pair_batches(data_options(tmp_path, "short", latents=triples[1].latents))
 
 
 def test_a_pixel_vae_s_latents_are_scaled_cached_or_not(tmp_path):
@@ -334,6 +391,16 @@ def test_as_much_is_dropped_as_asked_for(tmp_path):
     assert abs((text * source).mean() - 0.03) < 0.025  # one does not hang on the other
 
 
+def test_the_average_is_what_a_hand_computes():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = script("checkpoints").Ema(model, decay=0.9)
+    for value, expected in ((2.0, 1.1), (4.0, 1.39)):  # 0.9 · 1 + 0.1 · 2, then 0.9 · 1.1 + 0.1 · 4
+        model.weight.data.fill_(value)
+        average.update(model)
+        assert average.named(model)["weight"].item() == pytest.approx(expected)
+
+
 def test_the_averaged_weights_are_saved(tmp_path):
     averaged, plain = (
         training(tmp_path / str(ema), tiny_generator(), [batch(["a red dog"])] * 9, ema=ema, steps=3)
@@ -345,6 +412,13 @@ def test_the_averaged_weights_are_saved(tmp_path):
     assert plain.ema is None
     assert_equal([weights(tmp_path / "0.0")], [plain.model.state_dict()])
     assert not same(weights(tmp_path / "0.0"), weights(tmp_path / "0.9"))
+
+
+def test_the_loss_is_the_mean_of_what_is_accumulated(tmp_path):
+    trainer = training(tmp_path, tiny_generator(), [], accumulate=4)
+    values = iter([1.0, 2.0, 3.0, 6.0])
+    trainer._loss = lambda pairs, draw: 0 * trainer.model.head.out.weight.sum() + next(values)
+    assert trainer._train_step(iter([batch(["a red dog"])] * 4)).item() == pytest.approx(3.0)
 
 
 def test_noise_levels_are_shifted_by_the_latent_s_dimension(tmp_path):
@@ -409,6 +483,17 @@ def test_rows_that_cannot_be_read_are_passed_over_and_named(world, tmp_path):
     assert [line.split(":")[0] for line in lines] == ["row 0", "row 1"]
 
 
+def test_a_resumed_run_names_what_was_unreadable_before(tmp_path):
+    batches = [batch(["a red dog"]) for _ in range(4)]
+    batches[0].unreadable.append("row 9: OSError")
+    with pytest.raises(StopIteration):  # in the place of a kill
+        training(tmp_path, tiny_generator(), batches[:3], steps=4, checkpoint_every=2).run()
+    batches[0].unreadable.clear()
+    batches[3].unreadable.append("row 2: OSError")
+    training(tmp_path, tiny_generator(), batches, steps=4, checkpoint_every=2, resume=True).run()
+    assert (tmp_path / "unreadable.txt").read_text() == "row 2: OSError\nrow 9: OSError\n"
+
+
 # Bad options
 
 
@@ -419,6 +504,10 @@ def refusals(world):
     (world / "empty").mkdir(exist_ok=True)
     tiny_generator().save_pretrained(world / "without_tokenizer")
     tiny_generator(in_channels=5).save_pretrained(world / "five_channels")
+    (world / "prefix.json").write_text(json.dumps({"fusion": "prefix", "vocab_size": None, **HEAD}))
+    (world / "prefix_alone.json").write_text(json.dumps({"fusion": "prefix", **HEAD}))
+    tiny_generator(fusion="prefix", vocab_size=None).save_pretrained(world / "prefix_saved")
+    (world / "patches.json").write_text(json.dumps({"patch_size": 2, **HEAD}))
     shards, words = "shards2/{0..1}.tar", {"tokenizer": str(world / "llm")}
     return {
         "no vae": ({"vae": str(world / "empty")}, "empty has no model.safetensors"),
@@ -429,6 +518,14 @@ def refusals(world):
         "no json": ({"model": world / "no.json"}, "no.json is no JSON file"),
         "no model": ({"model": world / "absent.json"}, "absent.json is no JSON file"),
         "channels": ({"init": world / "five_channels", **words}, "latents have 8 channels, the generator's 5"),
+        "prefix": ({"model": world / "prefix_alone.json"}, "prefix"),
+        "random prefix": ({"model": world / "prefix.json", "llm": None, **words}, "fusion 'prefix' reads no texts"),
+        "saved prefix": ({"init": world / "prefix_saved", **words}, "fusion 'prefix' reads no texts"),
+        "patches": (
+            {"model": world / "patches.json", "data": data_options(world, size=SIZE + 8)},
+            "latents of this size are 5 x 5, which patches of 2 do not fill",
+        ),
+        "stride": ({"data": data_options(world, size=SIZE + 1)}, "an image side is 33; wanted a multiple of"),
         "no data": ({"data": data_options(world, "empty")}, "has no split 'train' that can be read"),
         "no split": ({"data": data_options(world, "pictures", split="test")}, "has no split 'test' that can be read"),
         "no column": ({"data": data_options(world, text="words")}, "no column words; it has image, source, text"),
@@ -444,6 +541,7 @@ def refusals(world):
 
 CASES = [
     "no vae", "no language model", "no tokenizer", "random weights", "misspelt", "no json", "no model", "channels",
+    "prefix", "random prefix", "saved prefix", "patches", "stride",
     "no data", "no split", "no column", "no ending", "no shards", "shards and cache", "no cache",
 ]  # fmt: skip
 
