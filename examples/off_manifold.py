@@ -10,16 +10,17 @@ constants below are ours, for it gives no more. So is the residual ‖(I − QQ�
 projection hides.
 """
 
-import argparse
 import itertools
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
 import torch
+import tyro
 from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path as Outline
 from matplotlib.textpath import TextPath
@@ -39,6 +40,19 @@ UPDATES = 50  # of Euler
 WORST = 0.05
 P_VALUE = "p, one-sided, by flipping signs"
 COLOURS = {PLANE: "#1f6fb4", SPACE: "#d1482f"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train both flows under several seeds, and compare them."""
+
+    seeds: int = 5
+    steps: int = 3000
+    every: int = 300
+    """Steps between two measurements."""
+    samples: int = 2000
+    """Drawn at each of them."""
+    output: Path = Path("outputs/off_manifold")
 
 
 class Velocity(nn.Module):
@@ -81,7 +95,7 @@ def worst(distances: Tensor) -> float:
     return distances[farthest(distances)].mean().item()
 
 
-def train(seed: int, options: argparse.Namespace) -> dict:
+def train(seed: int, options: Options) -> dict:
     """Both flows under one seed: their curves, and the last samples, in the plane."""
     generator = torch.Generator().manual_seed(seed)
     truth = letters(POINTS, generator)
@@ -176,16 +190,9 @@ def print_result(result: dict, steps: int) -> None:
     print(f"  signs {signs}; {P_VALUE}: {result[P_VALUE]:.3f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--every", type=int, default=300, help="steps between two measurements")
-    parser.add_argument("--samples", type=int, default=2000, help="drawn at each of them")
-    parser.add_argument("--output", type=Path, default=Path("outputs/off_manifold"))
-    options = parser.parse_args()
+def main(options: Options) -> None:
     if options.seeds < 2 or not 1 <= options.every <= options.steps:
-        parser.error("wanted at least two seeds, and at least one measurement within the steps")
+        raise SystemExit("wanted at least two seeds, and at least one measurement within the steps")
     with ProcessPoolExecutor(
         min(options.seeds, os.cpu_count() or 1),
         mp_context=get_context("spawn"),
@@ -204,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))
