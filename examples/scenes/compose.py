@@ -19,8 +19,8 @@ HELD_OUT: frozenset[Kind] = frozenset({
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
 SIZES = (22, 28)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
-DENSE = 0.6  # of training captions, that say where each thing is
-MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
+DENSE, COLOURED = 0.6, 0.7  # shares of training captions: that say where each thing is; that name colours
+MIX = {"single": 35, "two": 35, "counting": 20, "several": 10}  # of training scenes, in per cent
 
 
 def _held_out_pair(first: Kind, second: Kind) -> bool:
@@ -82,7 +82,7 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
         else:
             kinds = [rng.choice(SEEN)] * rng.randint(2, 3) + [rng.choice(SEEN)]
     scene = arrange(rng, kinds, relation)
-    if rng.random() < DENSE:
+    if rng.random() < DENSE and len(kinds) < 4:
         return scene, _dense_caption(rng, scene)
     return scene, _caption(rng, kinds, relation, scene.background.name)
 
@@ -90,14 +90,18 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
 def _dense_caption(rng: random.Random, scene: Scene) -> Prompt:
     """Every thing with its cell. Without such captions, words are learned late: where a thing is, they do not say,
     and once the noise shows where, it shows what as well."""
-    wanted = [Wanted(thing.shape, thing.colour, cell=cell_name(thing.x, thing.y)) for thing in scene.things]
+    coloured = rng.random() < COLOURED
+    wanted = [
+        Wanted(thing.shape, thing.colour if coloured else None, cell=cell_name(thing.x, thing.y))
+        for thing in scene.things
+    ]
     rng.shuffle(wanted)
     return Prompt("caption", tuple(wanted), None, scene.background.name if rng.random() < 0.35 else None)
 
 
 def _caption(rng: random.Random, kinds: list[Kind], relation: str | None, background: str) -> Prompt:
     """Everything that is in the scene; its colours, its relation and its background not always."""
-    coloured = rng.random() < 0.75 and len(set(kinds)) <= 3  # four colours would be too many words
+    coloured = rng.random() < COLOURED and len(set(kinds)) <= 3  # four colours would be too many words
     groups = Counter((shape, colour if coloured else None) for colour, shape in kinds)
     wanted = [Wanted(*kind, count) for kind, count in groups.items()]
     if len(wanted) < 2:
