@@ -172,9 +172,10 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
         output=folder, steps=steps, batch_size=32, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
-        ema=0.995, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16", compile=options.compile, seed=options.seed,
-        resume=options.resume, log_every=20, sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4),
-        sampling_steps=options.sampling_steps, sampling_shift=SHIFT, guidance=options.guidance, tracker="none",
+        ema=0.995, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16",
+        compile=options.compile, seed=options.seed, resume=options.resume, log_every=20,
+        sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4), sampling_steps=options.sampling_steps,
+        sampling_shift=SHIFT, guidance=options.guidance, tracker="none",
     )  # fmt: skip
     count = max(64, round((options.edit_pairs if edits else options.image_pairs) * options.share))
     pairs = (edit_pairs if edits else image_pairs)(vae, count)
