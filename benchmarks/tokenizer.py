@@ -6,18 +6,16 @@ never judges: the exit code is 0 either way. Weights are random, since speed and
 """
 
 import copy
+import itertools
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -26,13 +24,22 @@ import timm
 import torch
 import tyro
 from diffusers import AutoencoderKL
+from measure import (
+    DTYPES,
+    Row,
+    free_memory,
+    in_turns,
+    machine,
+    matrix_product,
+    report,
+    resident_memory,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from psvae import PSVAE, PixelDecoder, PSVAEConfig
 from psvae.losses import kl_loss, pixel_loss, semantic_loss
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAVY = ("timm", "diffusers", "transformers", "matplotlib")
 Group = Literal["encode", "decode", "import", "tiling", "training"]
 
@@ -61,35 +68,6 @@ class Options:
         return 3 if self.quick else 7
 
 
-@dataclass
-class Row:
-    """A measured number. ``target`` is an upper bound."""
-
-    name: str
-    value: float
-    unit: str
-    low: float | None = None
-    high: float | None = None
-    target: float | None = None
-    note: str = ""
-    met: bool | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.met = None if self.target is None else self.value <= self.target
-
-    @classmethod
-    def of(cls, name: str, values: list[float], unit: str, target: float | None = None, note: str = "") -> "Row":
-        """The median and quartiles of repeated measurements."""
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(name, middle, unit, low, high, target, note)
-
-    def cells(self) -> tuple[str, ...]:
-        spread = "" if self.low is None or self.high is None else f"{self.low:.3g} to {self.high:.3g}"
-        target = "" if self.target is None else f"<= {self.target:g}"
-        verdict = {None: "", True: "met", False: "missed"}[self.met]
-        return self.name, f"{self.value:.3g} {self.unit}".strip(), spread, target, verdict, self.note
-
-
 def main(options: Options) -> None:
     """Run the groups, print the table, write the JSON."""
     torch.manual_seed(0)
@@ -98,32 +76,11 @@ def main(options: Options) -> None:
         "encode": encode_rows, "decode": decode_rows, "import": import_rows, "tiling": tiling_rows,
         "training": training_rows,
     }  # fmt: skip
-    rows: list[Row] = []
-    for name in options.only:
-        for row in groups[name](options):
-            rows.append(row)
-            print(f"  {row.name}: {row.value:.3g} {row.unit}", flush=True)
-    print_table(rows)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "batch": options.batch, "rows": [asdict(row) for row in rows]}
-    options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {options.json}")
+    rows = itertools.chain.from_iterable(groups[name](options) for name in options.only)
+    report(rows, options.json, batch=options.batch)
 
 
 # Timing
-
-
-def in_turns(functions: list[Callable[[], Any]], repetitions: int) -> list[list[float]]:
-    """Seconds of each function at each repetition. All are warmed up, then run A B, B A, A B, …"""
-    for function in functions:
-        function()
-    seconds: list[list[float]] = [[] for _ in functions]
-    for repetition in range(repetitions):
-        for index in range(len(functions))[:: 1 if repetition % 2 == 0 else -1]:
-            start = time.perf_counter()
-            functions[index]()
-            seconds[index].append(time.perf_counter() - start)
-    return seconds
 
 
 def ratio_row(
@@ -315,53 +272,6 @@ def training_step(
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def matrix_product(dtype: torch.dtype, side: int = 2048, times: int = 8) -> tuple[Callable[[], None], float]:
-    """A function that multiplies square matrices, and its GFLOP."""
-    a, b = torch.randn(2, side, side).to(dtype)
-
-    def product() -> None:
-        for _ in range(times):
-            torch.mm(a, b)
-
-    return product, times * 2 * side**3 / 1e9
-
-
-def resident_memory(name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes resident in this process now, or at most so far (``getrusage`` would include the parent's)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-
-def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: version(name) for name in ("torch", "timm", "diffusers")},
-    }
-
-
-def print_table(rows: list[Row]) -> None:
-    """The rows in aligned columns."""
-    table = [("what", "median", "quartiles", "target", "", "note"), *(row.cells() for row in rows)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
-    print()
-    for cells in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

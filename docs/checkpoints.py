@@ -4,8 +4,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psvae
+from psvae.hub.formats import Format
+from psvae.hub.keymaps.ddt import DDT_HEAD
+from psvae.hub.keymaps.llm import LANGUAGE_MODEL
 
-CLASSES = ("PixelVAE", "PSVAE", "ViTPixelDecoder", "SemanticEncoder")
+CLASSES = ("PixelVAE", "PSVAE", "ViTPixelDecoder", "SemanticEncoder", "DeepFusionDiT")
+# layouts that bring a part of a module, and the method that reads it
+PARTS = {"DeepFusionDiT.from_llm": LANGUAGE_MODEL, "DeepFusionDiT.load_rae_head": DDT_HEAD}
 
 
 class Facts(NamedTuple):
@@ -15,15 +20,18 @@ class Facts(NamedTuple):
         published: (ids, licence).
         verified: what was compared, on random weights, and with what.
         tests: where.
+        written: whether psvae writes it too; None where the layout itself says so.
     """
 
     published: tuple[tuple[str, str], ...]
     verified: str
     tests: str
+    written: bool | None = None
 
 
 FEATURES = "features equal transformers' to 2e-5, at the native grid, larger, smaller and not square"
 ENCODERS = "tests/encoders/test_foreign.py"
+GENERATORS = "tests/generators/test_weights.py"
 # by `Format.name`; a layout that is not here stops the script
 KNOWN = {
     "diffusers AutoencoderKL": Facts(
@@ -114,26 +122,58 @@ KNOWN = {
         "features equal that code's equations, written out in the tests, to 2e-5, at any grid",
         ENCODERS,
     ),
+    "BAGEL": Facts(
+        (('ByteDance-Seed/BAGEL-7B-MoT, `file="ema.safetensors"`', "Apache-2.0"),),
+        "names, and each token's equations, written out in the tests, to 1e-5; **not** BAGEL's sequence, see below",
+        GENERATORS,
+    ),
+    "a transformers language model": Facts(
+        (
+            ("Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B (the paper's)", "Apache-2.0"),
+            ("Qwen/Qwen2.5-3B", "Qwen Research (non-commercial)"),
+            ("other Qwen2 and Qwen2.5 folders", "Apache-2.0; the 72B ones Tongyi Qianwen (2), Qwen (2.5)"),
+            ("Qwen3 folders, dense ones", "Apache-2.0"),
+            ("Llama folders, 3.1's RoPE scaling included", "Llama Community, another for each version (gated)"),
+        ),
+        "the text's hidden states, keys and values equal transformers' to 1e-4, padded on either side or not; shards, "
+        "tied or own language head, folders of transformers 4 and 5",
+        GENERATORS,
+    ),
+    "RAE's DDT head": Facts(
+        (("nyu-visionx/RAE-collections, `DiTs/.../stage2_model.pt`", "MIT (bytetriper/RAE)"),),
+        "equals RAE's equations, written out in the tests, to 1e-5; written back, the same names and bits",
+        GENERATORS,
+        written=True,
+    ),
 }
+
+
+def layouts() -> list[tuple[str, Format]]:
+    """Every layout with what reads it, in the order of the page."""
+    whole = [(name, layout) for name in CLASSES for layout in getattr(psvae, name).foreign_formats]
+    return [*whole, *PARTS.items()]
 
 
 def page() -> str:
     """The text of docs/checkpoints.md."""
     rows = []
-    for name in CLASSES:
-        for layout in getattr(psvae, name).foreign_formats:
-            facts = KNOWN[layout.name]
-            written = "yes" if layout.write_config else "no"
-            for ids, licence in facts.published:
-                how = f"{facts.verified} (`{facts.tests}`)"
-                rows.append(f"| `{name}` | {layout.name} | {ids} | {licence} | {written} | {how} |")
+    for name, layout in layouts():
+        facts = KNOWN[layout.name]
+        written = bool(layout.write_config) if facts.written is None else facts.written
+        for ids, licence in facts.published:
+            how = f"{facts.verified} (`{facts.tests}`)"
+            rows.append(f"| `{name}` | {layout.name} | {ids} | {licence} | {'yes' if written else 'no'} | {how} |")
     table = "\n".join(rows)
     return f"""# Checkpoints of other projects
 
 Written by `python docs/checkpoints.py` from the key maps in `psvae/hub/keymaps/`. What was verified was verified on
 random weights of the architecture, against the library that the files come from, as it is in the package index; none of
 the published weights was run. Licences are as known when this was written, and are for you to check: `psvae inspect`
-prints what the card of your copy says.
+prints what the card of your copy says. Those of BAGEL and of the language models were read where their authors state
+them: BAGEL's and Qwen3's READMEs on GitHub, a copy of Qwen2.5's, the Hub's pages of Qwen2.5-1.5B and -3B, Qwen2-0.5B
+and -72B, and Qwen2.5-72B-Instruct, and Meta's licence file of Llama 3.1, by which a distributed model that was made
+from it has a name that begins with "Llama". Not confirmed: the other sizes of Qwen2, of which an announcement, seen in
+quotations alone, says Apache-2.0, and the terms of Llama's other versions.
 
 | class | layout | published | licence | written too | verified, on random weights |
 | --- | --- | --- | --- | --- | --- |
@@ -152,6 +192,21 @@ published `-i512` has 32) and that was converted for diffusers keeps the table o
 
 Meta's own files of MAE and DINOv3 have timm's architecture but name neither it nor its colours: read them by
 `SemanticEncoder.from_timm(name, file=...)`.
+
+`DeepFusionDiT.from_llm` reads Qwen2, Qwen2.5, Qwen3 and Llama. Folders with a sliding window, another activation,
+biases on the output projection or in the MLP, or a RoPE other than plain and Llama 3.1's are refused: such a model, and
+any other decoder, conditions a generator of `fusion="prefix"` through `PrefixCache.from_hf`
+(`tests/generators/test_prefix.py`: Mistral and Gemma 3 beside these).
+
+BAGEL's configuration does not tell the transformer's sizes: they are read off the shapes, with its `patch_size` of 2.
+Its vision encoder, connector and language head are not read; its position table is computed. Its VAE is FLUX.1's.
+BAGEL puts a start and an end token inside the segment of each image, clean or noisy, and shows a source to its vision
+encoder too; the sequence here has neither, so its weights begin a training and do not generate what BAGEL does.
+
+The head of RAE's DiT-DH-XL reads 768 channels and a trunk 1152 wide, and modulates its last norm: it fits a
+`DeepFusionDiTConfig` with `in_channels=768`, `hidden_size=1152` and `head_final_modulation=True`. RAE's trunk is not
+read. No weight's shape tells `head_num_heads`, which orders queries and keys: it is compared with the file's table of
+rotary positions, and taken on trust where a file lacks that.
 """
 
 

@@ -3,8 +3,9 @@
     python examples/cache_latents.py --vae outputs/psvae/stage2 --data /data/imagenet/train --output latents/
     accelerate launch --num_processes 8 examples/cache_latents.py ...      # the same files, eight times as fast
 
-An image that cannot be read is named at the end, and its shard is not written. Mend the file, or remove it, and run the
-same command again: what is finished stays, and a removed image is left out of its shard.
+An image file that cannot be read is named at the end, and its shard is not written. Mend it, or remove it, and run the
+same command again: what is finished stays, and a removed image is left out of its shard. A row of a Hugging Face table
+cannot be removed: one that cannot be read is left out at once, and named; train_generator.py passes over it.
 
 A shard holds ``latents`` and ``latents_flip`` (of the mirrored image), N Z h w, and ``labels``, N; with --moments also
 ``mean`` and ``logvar`` of the posterior. Which image is in which shard follows from its place in the data alone, and a
@@ -68,7 +69,7 @@ class Options:
     shard_size: int = 2048
     """Images per shard."""
     moments: bool = False
-    """Also store mean and log-variance, so that a training run can draw its own latents."""
+    """Also store mean and log-variance, so that a training run can draw anew each time, or take the mean."""
     seed: int = 0
     """Of the draw from the posterior; each image has its own."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -83,7 +84,7 @@ class Images(Dataset):
 
     Attributes:
         names: of the images, in order: a place is one's index here. `resume` makes it the list of the first run.
-        left_out: places of images that were removed since.
+        left_out: places of images that were removed since, or of rows that cannot be read.
     """
 
     def __init__(self, options: Options) -> None:
@@ -127,10 +128,13 @@ class Images(Dataset):
             return place, f"{name} cannot be read ({error})", label
 
 
-def collate(items: list[tuple[int, Tensor | str, int]]) -> tuple[list[int], Tensor | None, Tensor, list[str]]:
+Fault = tuple[int, str]  # a place, and why its image cannot be read
+
+
+def collate(items: list[tuple[int, Tensor | str, int]]) -> tuple[list[int], Tensor | None, Tensor, list[Fault]]:
     """(places, images, labels, faults); no images where one of them has a fault."""
     places, images, labels = zip(*items, strict=True)
-    faults = [image for image in images if isinstance(image, str)]
+    faults = [(place, image) for place, image in zip(places, images, strict=True) if isinstance(image, str)]
     return list(places), None if faults else torch.stack(images), torch.tensor(labels), faults  # type: ignore[arg-type]
 
 
@@ -184,23 +188,31 @@ class CachedLatents(Dataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def moments(self, place: int) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, both Z h w, of the posterior of a folder written with --moments."""
+        file, row = self._find(place)
+        return file.get_slice("mean")[row], file.get_slice("logvar")[row]
+
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        shard = bisect(self._ends, place)
-        row = place - (self._ends[shard - 1] if shard else 0)
-        if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / shard_name(shard), framework="pt")
-        file = self._open[shard]
+        file, row = self._find(place)
         mirrored = self.flip and bool(torch.rand(()) < 0.5)
         if self.draw:
-            mean, logvar = (file.get_slice(name)[row] for name in ("mean", "logvar"))
+            mean, logvar = self.moments(place)
             latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         else:
             latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
         if self.statistics:
             latents = (latents.float() - self.statistics["mean"]) / self.statistics["std"]
         return latents, int(file.get_slice("labels")[row])
+
+    def _find(self, place: int) -> tuple[Any, int]:
+        """Its shard, opened, and the row there."""
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        shard = bisect(self._ends, place)
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard_name(shard), framework="pt")
+        return self._open[shard], place - (self._ends[shard - 1] if shard else 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # file handles do not travel to the loader's processes
@@ -241,8 +253,8 @@ def manifest_of(options: Options, vae: PSVAE | PixelVAE, images: Images) -> dict
 
 
 def resume(folder: Path, images: Images) -> None:
-    """Give images the places that they had in the first run into this folder. Removed ones are left out; anything else
-    that changed the list is refused."""
+    """Give images the places that they had in the first run into this folder. Removed ones are left out, and rows that
+    could not be read; anything else that changed the list is refused."""
     if not (folder / MANIFEST).exists():
         return
     if not (folder / NAMES).exists():
@@ -254,6 +266,7 @@ def resume(folder: Path, images: Images) -> None:
                 f"the data set has {len(now)} rows and had {len(before)} when {folder} was begun: rows have no names "
                 "by which to tell which are new; choose another --output"
             )
+        images.left_out = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["left_out"])
         return
     known, present = set(before), set(now)
     added = [name for name in now if name not in known]
@@ -323,11 +336,11 @@ def check(vae: PSVAE | PixelVAE, options: Options) -> None:
 @torch.no_grad()
 def encode_shard(
     vae: PSVAE | PixelVAE, images: Images, places: list[int], options: Options
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], list[Fault]]:
     """The tensors of one shard, and why images in it cannot be read: then there is no shard."""
     subset = torch.utils.data.Subset(images, places)
     parts: dict[str, list[Tensor]] = {}
-    faults: list[str] = []
+    faults: list[Fault] = []
     loader = DataLoader(subset, options.batch_size, num_workers=options.workers, collate_fn=collate)
     for batch_places, batch, labels, unreadable in loader:
         faults += unreadable
@@ -362,6 +375,39 @@ def measure(folder: Path, shards: list[int]) -> None:
     write_whole(folder / STATISTICS, lambda place: torch.save(tensors, place))
 
 
+def encode_missing(
+    vae: PSVAE | PixelVAE, images: Images, options: Options, accelerator: Accelerator
+) -> tuple[int, list[Fault]]:
+    """Write the shards that are not there, shared by the processes: how many those are, and the faults of all."""
+    folder = options.output
+    places = shard_places(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    missing = [shard for shard, held in enumerate(places) if held and not (folder / shard_name(shard)).exists()]
+    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+    faults: list[Fault] = []
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for shard in tqdm(mine, "shards", disable=not accelerator.is_main_process):
+        tensors, unreadable = encode_shard(vae, images, places[shard], options)
+        for _, fault in unreadable:
+            print(f"{fault}; {'its shard is not written' if images.table is None else 'left out'}", file=sys.stderr)
+        faults += unreadable
+        if tensors:
+            write_whole(folder / shard_name(shard), lambda place, tensors=tensors: save_file(tensors, place))
+    return len(missing), sorted(gather_object(faults))
+
+
+def leave_out(images: Images, faults: list[Fault], folder: Path, accelerator: Accelerator) -> None:
+    """Rows that cannot be read, which cannot be removed as a file can: written down before their shards are."""
+    images.left_out |= {place for place, _ in faults}
+    if len(images.left_out) == len(images):
+        raise SystemExit(
+            f"none of the {len(images)} rows can be read: {faults[0][1]}" if accelerator.is_main_process else 1
+        )
+    if accelerator.is_main_process:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        write_text(folder / MANIFEST, json.dumps(manifest | {"left_out": sorted(images.left_out)}, indent=2) + "\n")
+    accelerator.wait_for_everyone()
+
+
 def main(options: Options) -> None:
     accelerator = Accelerator()
     vae, images = load_vae(options, accelerator.device), Images(options)
@@ -371,32 +417,25 @@ def main(options: Options) -> None:
         claim(options.output, manifest_of(options, vae, images), images)
     accelerator.wait_for_everyone()
     resume(options.output, images)  # the others too
-    manifest = json.loads((options.output / MANIFEST).read_text(encoding="utf-8"))
-    places = shard_places(manifest)
-    shards = [shard for shard, held in enumerate(places) if held]
-    missing = [shard for shard in shards if not (options.output / shard_name(shard)).exists()]
-    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    faults: list[str] = []
-    for shard in tqdm(mine, "shards", disable=not accelerator.is_main_process):
-        tensors, unreadable = encode_shard(vae, images, places[shard], options)
-        for fault in unreadable:
-            print(f"{fault}; its shard is not written", file=sys.stderr)
-        faults += unreadable
-        if tensors:
-            write_whole(options.output / shard_name(shard), lambda place, tensors=tensors: save_file(tensors, place))
-    faults = gather_object(faults)
+    written, faults = encode_missing(vae, images, options, accelerator)
+    while faults and images.table is not None:
+        leave_out(images, faults, options.output, accelerator)
+        _, faults = encode_missing(vae, images, options, accelerator)
     if faults:
-        remedy = "mend or remove them" if images.table is None else "mend them"
         said = (
-            f"{len(faults)} images are unreadable: {some(faults)}. All other shards are finished in {options.output} "
-            f"and stay: {remedy}, and run the same command again"
+            f"{len(faults)} images are unreadable: {some([fault for _, fault in faults])}. All other shards are "
+            f"finished in {options.output} and stay: mend or remove them, and run the same command again"
         )
         raise SystemExit(said if accelerator.is_main_process else 1)
     if accelerator.is_main_process:
+        places = shard_places(json.loads((options.output / MANIFEST).read_text(encoding="utf-8")))
+        shards = [shard for shard, held in enumerate(places) if held]
         measure(options.output, shards)
         count = sum(map(len, places))
-        print(f"{count} images in {len(shards)} shards, {len(missing)} of them written now: {options.output}")
+        print(f"{count} images in {len(shards)} shards, {written} of them written now: {options.output}")
+        if images.table is not None and images.left_out:
+            rows = some([f"row {place}" for place in sorted(images.left_out)])
+            print(f"{len(images.left_out)} cannot be read and are left out: {rows}. Once mended, take another --output")
     accelerator.end_training()
 
 

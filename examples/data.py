@@ -65,7 +65,7 @@ def batches(options: DataOptions, batch_size: int, seed: int, rank: int, world: 
     """An endless stream of batches for process ``rank`` of ``world``, from batch number ``start`` on."""
     source = _open(options)
     if isinstance(source, Dataset):
-        order = _Order(len(source), seed, rank, world, start * batch_size)
+        order = Order(len(source), seed, rank, world, start * batch_size)
         pictures: Any = _Pictures(source, training_transform(options), seed)
         loader = DataLoader(
             pictures, batch_size, sampler=order, num_workers=options.workers, **_loading(options.workers)
@@ -83,7 +83,7 @@ def validation_images(options: DataOptions, count: int) -> Tensor:
     source = _open(options)
     for item in map(source.__getitem__, range(len(source))) if isinstance(source, Dataset) else _one_pass(options):
         try:
-            image = _read(item[1])
+            image = read_image(item[1])
         except UNREADABLE:
             continue
         found.append(transform(image))
@@ -126,7 +126,7 @@ def _collate(items: list[tuple[Tensor, list[str]]]) -> Batch:
     return Batch(torch.stack([image for image, _ in items]), [name for _, names in items for name in names])
 
 
-def _read(content: Any) -> Image.Image:
+def read_image(content: Any) -> Image.Image:
     """A PIL image from a path, bytes, a {bytes, path} record or an opened image."""
     if isinstance(content, dict):
         content = content["bytes"] if content.get("bytes") is not None else content["path"]
@@ -183,7 +183,7 @@ class _Pictures(Dataset):
         for offset in range(len(self.source)):
             name, content = self.source[(index + offset) % len(self.source)]
             try:
-                image = _read(content)
+                image = read_image(content)
             except UNREADABLE:
                 unreadable.append(name)
                 continue
@@ -191,7 +191,7 @@ class _Pictures(Dataset):
         raise RuntimeError(f"none of the {len(self.source)} images can be read; the first is {unreadable[0]}")
 
 
-class _Order(Sampler):
+class Order(Sampler):
     """(position, index) without end: a new permutation each epoch, every ``world``-th position for each process."""
 
     def __init__(self, length: int, seed: int, rank: int, world: int, start: int) -> None:
@@ -226,7 +226,7 @@ class _Stream(IterableDataset):
         unreadable: list[str] = []
         for position, (name, content) in enumerate(_samples(self.options, self.seed, reader, readers)):
             try:
-                image = _read(content)
+                image = read_image(content)
             except UNREADABLE:
                 unreadable.append(name)
                 continue
@@ -248,26 +248,34 @@ def _open(options: DataOptions) -> Any:
 def _huggingface(options: DataOptions) -> Any:
     import datasets
 
-    local = sorted(glob.glob(f"{options.path}/**/{options.split}*.parquet", recursive=True))
-    if local:
-        table = datasets.load_dataset(
-            "parquet", data_files={options.split: local}, split=options.split, streaming=options.streaming
-        )
-    else:
-        table = datasets.load_dataset(options.path, split=options.split, streaming=options.streaming)
+    table = open_table(options.path, options.split, options.streaming)
     return table.cast_column(options.column, datasets.Image(decode=False))
+
+
+def open_table(path: str, split: str, streaming: bool = False) -> Any:
+    """A Hugging Face dataset: of the Hub, or of a folder, whose parquet files of that split are taken as they are."""
+    import datasets
+
+    local = sorted(glob.glob(f"{path}/**/{split}*.parquet", recursive=True))
+    if local:
+        return datasets.load_dataset("parquet", data_files={split: local}, split=split, streaming=streaming)
+    try:
+        return datasets.load_dataset(path, split=split, streaming=streaming)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"{path!r} has no split {split!r} that can be read: {error}") from error
 
 
 def _shards(options: DataOptions) -> int:
     if options.kind == "webdataset":
-        return len(_tar_files(options))
+        return len(tar_files(options.path))
     return _huggingface(options).num_shards
 
 
-def _tar_files(options: DataOptions) -> list[str]:
+def tar_files(path: str) -> list[str]:
+    """The shards of a webdataset pattern, which may have braces and stars."""
     import braceexpand
 
-    patterns = braceexpand.braceexpand(options.path)
+    patterns = braceexpand.braceexpand(path)
     return [file for pattern in patterns for file in sorted(glob.glob(pattern)) or [pattern]]
 
 
@@ -289,15 +297,7 @@ def _one_pass(
 ) -> Iterator[tuple[str, Any]]:
     """(name, content) once through, shuffled where there is a seed."""
     if options.kind == "webdataset":
-        import webdataset as wds
-
-        shards = _tar_files(options)
-        if seed is not None:
-            random.Random(seed).shuffle(shards)
-        by_sample = len(shards) < readers  # too few shards to share: share the samples
-        mine = shards if by_sample else shards[reader::readers]
-        samples = iter(wds.WebDataset(mine, shardshuffle=False, empty_check=False, handler=wds.warn_and_continue))
-        for sample in islice(samples, reader, None, readers) if by_sample else samples:
+        for sample in shard_samples(options.path, seed, reader, readers):
             ending = next((key for key in sample if f".{key.split('.')[-1].lower()}" in IMAGE_ENDINGS), None)
             if ending is not None:
                 yield f"{sample['__url__']}:{sample['__key__']}", sample[ending]
@@ -310,3 +310,21 @@ def _one_pass(
         for number, row in enumerate(islice(rows, reader, None, readers) if by_sample else rows):
             content = row[options.column]
             yield str((isinstance(content, dict) and content.get("path")) or f"row {number}"), content
+
+
+def shard_samples(path: str, seed: int | None = None, reader: int = 0, readers: int = 1) -> Iterator[dict[str, Any]]:
+    """The samples of webdataset shards once through, for one of ``readers`` that share them; a seed shuffles shards."""
+    import webdataset as wds
+
+    shards = tar_files(path)
+    if seed is not None:
+        random.Random(seed).shuffle(shards)
+    by_sample = len(shards) < readers  # too few shards to share: share the samples
+    mine = shards if by_sample else shards[reader::readers]
+    samples = iter(
+        wds.WebDataset(  # which shares nothing out by itself
+            mine, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False,
+            handler=wds.warn_and_continue,
+        )
+    )  # fmt: skip
+    yield from islice(samples, reader, None, readers) if by_sample else samples

@@ -1,6 +1,6 @@
 """A DiT on our latents, trained for a minute and sampled by diffusers' own DiTPipeline.
 
-    pip install -e '.[diffusers]'
+    pip install -e '.[train,diffusers]'
     python examples/diffusers_dit.py                                     # trains a small PSVAE first, then the DiT
     python examples/diffusers_dit.py --vae outputs/quickstart/stage2     # or takes a trained one
     python examples/diffusers_dit.py --data ~/Pictures                   # one class per subfolder

@@ -1,4 +1,4 @@
-"""Averaged weights, validation measures and the choice of precision, for the examples."""
+"""Validation measures and the choice of precision, for the examples."""
 
 import time
 from contextlib import nullcontext
@@ -9,34 +9,6 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from psvae.losses import cosine_similarity_map
-
-
-class Ema:
-    """Exponential moving average of a model's trained parameters, checkpointed by accelerate."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.parameters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """average ← decay · average + (1 − decay) · parameter."""
-        current = [p.detach() for p in model.parameters() if p.requires_grad]
-        torch._foreach_lerp_(self.parameters, current, 1.0 - self.decay)
-
-    def named(self, model: nn.Module) -> dict[str, Tensor]:
-        """The averages under the names that the parameters have in ``model``."""
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        return dict(zip(names, self.parameters, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """For `Accelerator.register_for_checkpointing`."""
-        return {"parameters": self.parameters}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For `Accelerator.register_for_checkpointing`."""
-        for mine, saved in zip(self.parameters, state["parameters"], strict=True):
-            mine.copy_(saved)
 
 
 @torch.no_grad()

@@ -14,19 +14,28 @@ import copy
 import json
 import math
 import shlex
-import shutil
 import sys
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from checkpoints import (
+    Ema,
+    first_step,
+    mean_of,
+    read_names,
+    refuse_to_start_over,
+    save_checkpoint,
+    write_names,
+    write_options,
+)
 from data import DataOptions, batches, validation_images
-from measures import Ema, fast_precision, measure
+from measures import fast_precision, measure
 from pictures import save_samples
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -127,6 +136,8 @@ class Options:
 def main(options: Options) -> dict[str, dict[str, float]]:
     """Run the stages asked for; returns the validation measures of each."""
     stages = {"1": [1], "2": [2], "both": [1, 2]}[options.stage]
+    for stage in stages:
+        refuse_to_start_over(options.output / f"stage{stage}" / "checkpoints", options.resume)
     precision = options.mixed_precision
     if precision == "auto":
         precision = fast_precision(build_model(options, stages[0]), options.batch_size, options.data.size)
@@ -144,9 +155,6 @@ def main(options: Options) -> dict[str, dict[str, float]]:
         raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
     if options.losses.adversarial and accelerator.distributed_type == DistributedType.FSDP:
         raise SystemExit("LDM's adaptive weight needs the whole last layer: pass --losses.adversarial 0 under FSDP")
-    if accelerator.is_main_process:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "options.json").write_text(json.dumps(asdict(options), indent=2, default=str))
     kind = accelerator.distributed_type.value
     accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
     if options.tracker != "none":
@@ -173,11 +181,13 @@ class Stage:
             accelerator.print(f"stage {self.stage} is already in {self.folder}")
             return json.loads(done.read_text())
         self._build()
-        if options.resume:
-            self._load_checkpoint()
-        elif list((self.folder / "checkpoints").glob("step*")):
-            raise SystemExit(f"{self.folder} holds checkpoints of an earlier run: pass --resume, or another --output")
-        elif accelerator.is_main_process:
+        checkpoints = self.folder / "checkpoints"
+        self.step = first_step(accelerator, checkpoints, options.resume)
+        write_options(accelerator, options.output, options)
+        if self.step:
+            accelerator.print(f"stage {self.stage} continues from step {self.step}")
+            self.unreadable = read_names(self.folder / "unreadable.txt")
+        elif not options.resume and accelerator.is_main_process:
             done.unlink(missing_ok=True)  # of an earlier run: a later --resume must not take it for this one's
         bar = tqdm(
             initial=self.step, total=self.steps, desc=f"stage {self.stage}", disable=not accelerator.is_main_process
@@ -191,7 +201,7 @@ class Stage:
             self.step += 1
             bar.update()
             if self.step % options.log_every == 0:
-                numbers = {name: float(value.detach()) for name, value in terms.items()}
+                numbers = mean_of(accelerator, terms)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()})
                 accelerator.log({f"stage{self.stage}/{name}": value for name, value in numbers.items()}, step=self.step)
             if self.step % options.sample_every == 0:
@@ -199,7 +209,8 @@ class Stage:
             if self.step % options.validate_every == 0:
                 self._validate()
             if self.step % options.checkpoint_every == 0 and self.step < self.steps:
-                self._save_checkpoint()
+                write_names(accelerator, self.unreadable, self.folder / "unreadable.txt")
+                save_checkpoint(accelerator, checkpoints, self.step, options.keep_checkpoints)
         bar.close()
         self.stream = stream
         return self._finish()
@@ -234,12 +245,13 @@ class Stage:
             accelerator.register_for_checkpointing(self.ema)
 
     def _train_step(self, stream: Any) -> dict[str, Tensor]:
-        """One optimiser step. Rate, KL weight and noise depend on the step alone, so a resumed run repeats them."""
+        """One optimiser step, and the mean of its terms. Rate, KL weight and noise depend on the step alone, so a
+        resumed run repeats them."""
         options, accelerator = self.options, self.accelerator
         for optimizer in [self.optimizer] if self.discriminator is None else [self.optimizer, self.adversary]:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr()
-        terms: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         for part in range(options.accumulate):
             batch = next(stream)
             self.unreadable.update(batch.unreadable)
@@ -256,9 +268,11 @@ class Stage:
                 self.optimizer.zero_grad()
                 if self._adversary_counts():
                     terms["discriminator"] = self._train_discriminator(images, output.sample.detach())
+            for name, term in terms.items():
+                means[name] = means.get(name, 0.0) + term.detach() / options.accumulate
         if self.ema is not None:
             self.ema.update(self.model)
-        return terms
+        return means
 
     def _losses(self, output: Any, images: Tensor) -> dict[str, Tensor]:
         """The paper's terms (section 3.3) by name, and their weighted sum as ``total``."""
@@ -339,28 +353,6 @@ class Stage:
         )
         return numbers
 
-    def _save_checkpoint(self) -> None:
-        """Atomic: written beside, then renamed."""
-        checkpoints = self.folder / "checkpoints"
-        partial, final = checkpoints / "partial", checkpoints / f"step{self.step:07d}"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            partial.rename(final)
-            for old in sorted(checkpoints.glob("step*"))[: -self.options.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _load_checkpoint(self) -> None:
-        found = sorted((self.folder / "checkpoints").glob("step*"))
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-            self.step = int(found[-1].name.removeprefix("step"))
-            self.accelerator.print(f"stage {self.stage} continues from step {self.step}")
-
     def _finish(self) -> dict[str, float]:
         """Fit the latent statistics, validate, save."""
         options, accelerator = self.options, self.accelerator
@@ -377,9 +369,8 @@ class Stage:
             partial.write_text(json.dumps(numbers, indent=2))
             partial.rename(self.folder / "metrics.json")
         accelerator.print(f"stage {self.stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
-        names = sorted(set(gather_object(sorted(self.unreadable))))
+        names = write_names(accelerator, self.unreadable, self.folder / "unreadable.txt")
         if names and accelerator.is_main_process:
-            (self.folder / "unreadable.txt").write_text("\n".join(names) + "\n")
             print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")
             print(f"all their names are in {self.folder / 'unreadable.txt'}")
         accelerator.free_memory()

@@ -3,9 +3,10 @@
 The data's path, and the module that walks each step of it::
 
     image ─SemanticEncoder─▶ features ─SemanticVAE─▶ latent ─PixelDecoder─▶ image
+                             [source, text, noisy latent] ─DeepFusionDiT─▶ velocity
 
-`PSVAE` wires the three behind the face of a Stable-Diffusion-style VAE. Names are resolved on first
-use, so that ``import psvae`` costs no more than ``import torch``.
+`PSVAE` wires the first three behind the face of a Stable-Diffusion-style VAE; `flow` integrates the velocity.
+Names are resolved on first use, so that ``import psvae`` costs no more than ``import torch``.
 """
 
 import importlib
@@ -28,11 +29,15 @@ _HOME = {
     "PixelDecoderConfig": "psvae.decoders",
     "ViTPixelDecoder": "psvae.decoders",
     "ViTPixelDecoderConfig": "psvae.decoders",
+    "DeepFusionDiT": "psvae.generators",
+    "DeepFusionDiTConfig": "psvae.generators",
+    "PrefixCache": "psvae.generators",
     "DiagonalGaussian": "psvae.latents",
     "LatentSpec": "psvae.latents",
     "fit_latent_statistics": "psvae.latents",
     "load_latent_statistics": "psvae.hub.statistics",
     "PSVAEError": "psvae.errors",
+    "flow": "psvae.flow",
     "losses": "psvae.losses",
 }
 
@@ -46,6 +51,7 @@ _INTEGRATIONS = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from psvae import flow as flow
     from psvae import losses as losses
     from psvae.autoencoders import PSVAE as PSVAE
     from psvae.autoencoders import PixelVAE as PixelVAE
@@ -60,6 +66,9 @@ if TYPE_CHECKING:
     from psvae.encoders import SemanticEncoder as SemanticEncoder
     from psvae.encoders import SemanticEncoderConfig as SemanticEncoderConfig
     from psvae.errors import PSVAEError as PSVAEError
+    from psvae.generators import DeepFusionDiT as DeepFusionDiT
+    from psvae.generators import DeepFusionDiTConfig as DeepFusionDiTConfig
+    from psvae.generators import PrefixCache as PrefixCache
     from psvae.hub.statistics import load_latent_statistics as load_latent_statistics
     from psvae.integrations.diffusers import AutoencoderPixelVAE as AutoencoderPixelVAE
     from psvae.integrations.diffusers import AutoencoderPSVAE as AutoencoderPSVAE

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from psvae.errors import DtypeError, RangeWarning, ShapeError
 
-__all__ = ["Features", "Images", "Latents", "Tokens", "check_dtype", "check_images", "check_map"]
+__all__ = ["Features", "Images", "Latents", "Tokens", "check_dtype", "check_images", "check_map", "readable"]
 
 Images = Float[Tensor, "B C H W"]
 Features = Float[Tensor, "B D h w"]
@@ -60,6 +60,13 @@ def check_map(x: Tensor, channels: int, what: str) -> None:
         raise DtypeError(f"{what} have dtype {x.dtype}; wanted floating point{hint}")
     if not torch.compiler.is_compiling() and 0 in x.shape:
         raise ShapeError(f"{what} have shape {tuple(x.shape)}; every axis must hold at least one element")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values may be looked at: not while compiling, capturing a CUDA graph, or on the meta device."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_dtype(x: Tensor, reader: nn.Module, what: str) -> None:
@@ -104,9 +111,7 @@ def check_images(images: Tensor, stride: int, channels: int = 3) -> None:
             f"images are {height} x {width}; wanted multiples of the stride {stride}, nearest {near}: "
             "resize, crop or pad first, nothing is resized silently"
         )
-    if torch.compiler.is_compiling() or images.device.type == "meta":
-        return
-    if images.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not readable(images):
         return
     low, high = torch.stack(torch.aminmax(images.detach())).tolist()  # one transfer from the device
     if not (math.isfinite(low) and math.isfinite(high)):

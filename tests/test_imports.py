@@ -1,10 +1,14 @@
 """Who may import whom, what ``import psvae`` costs, and what the package never does."""
 
 import ast
+import functools
 import importlib
+import importlib.metadata
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import pytest
 import psvae
 
 PACKAGE = Path(psvae.__file__).parent
+EXAMPLES = sorted((PACKAGE.parent / "examples").rglob("*.py"))
 MODULES = sorted(module.name for module in pkgutil.walk_packages([str(PACKAGE)], "psvae."))
 
 # Rooms by the names of their modules under psvae, and what each may see besides itself.
@@ -23,6 +28,7 @@ ALLOWED = {
     "nn": VOCABULARY,
     "hub": VOCABULARY | {"nn"},
     **dict.fromkeys(NOUNS, LOW),
+    "generators": LOW | {"flow"},
     "losses": VOCABULARY,
     "flow": VOCABULARY,
     "autoencoders": LOW | NOUNS,
@@ -39,6 +45,8 @@ ONLY_IN = {
 HEAVY = ("timm", "torchvision", "diffusers", "transformers", "matplotlib", "accelerate")
 
 PUBLIC = [
+    "DeepFusionDiT",
+    "DeepFusionDiTConfig",
     "DiagonalGaussian",
     "LatentSpec",
     "PSVAE",
@@ -50,6 +58,7 @@ PUBLIC = [
     "PixelVAE",
     "PixelVAEConfig",
     "PixelVAEOutput",
+    "PrefixCache",
     "SemanticEncoder",
     "SemanticEncoderConfig",
     "SemanticVAE",
@@ -58,25 +67,29 @@ PUBLIC = [
     "ViTPixelDecoderConfig",
     "__version__",
     "fit_latent_statistics",
+    "flow",
     "load_latent_statistics",
     "losses",
 ]
 
 
-def source_of(module):
+def path_of(module):
     path = PACKAGE.parent.joinpath(*module.split("."))
-    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imports_of(module):
-    """Full names of all that a module imports, inside functions too."""
+def source_of(module):
+    return path_of(module).read_text(encoding="utf-8")
+
+
+def imports_of(path):
+    """Full names of all that a file imports, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(source_of(module))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} uses a relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -89,15 +102,38 @@ def room_of(name):
 def test_rooms_import_only_what_they_may(module):
     room = room_of(module)
     assert room in ALLOWED, f"{module} is in no room of the design"
-    seen = {room_of(name) for name in imports_of(module) if name.startswith("psvae.")}
+    seen = {room_of(name) for name in imports_of(path_of(module)) if name.startswith("psvae.")}
     assert seen - ALLOWED[room] - {room} == set()
 
 
 @pytest.mark.parametrize("module", ["psvae", *MODULES])
 def test_third_parties_are_imported_in_one_place(module):
-    tops = {name.split(".")[0] for name in imports_of(module)}
+    tops = {name.split(".")[0] for name in imports_of(path_of(module))}
+    assert "" not in tops, "a relative import"
     for library, places in ONLY_IN.items():
         assert library not in tops or module in places
+
+
+def declared(*extras):
+    """The distributions that an installation with these extras asks for by name."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+
+
+@functools.cache
+def distributions():
+    """Which distributions bring a module, by its name."""
+    return importlib.metadata.packages_distributions()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_train_extra_installs_what_the_examples_import(path):
+    """diffusers_dit.py needs diffusers too, as examples/README.md says."""
+    names = declared("train", "diffusers") if path.stem == "diffusers_dit" else declared("train")
+    beside = {other.stem for other in EXAMPLES} | {"", "psvae", "scenes", *sys.stdlib_module_names}
+    tops = {name.split(".")[0] for name in imports_of(path)} - beside
+    assert sorted(top for top in tops if not names & {name.lower() for name in distributions()[top]}) == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import torch
+import transformers
 
+from tests.generators.foreign import language_model
 from tests.tiny import tiny_pixel_vae, tiny_psvae
 
 REPOSITORY = Path(__file__).parents[1]
@@ -15,6 +17,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_psvae().save_pretrained("outputs/quickstart/stage2")
     tiny_pixel_vae().export_diffusers("stabilityai/sd-vae-ft-mse")  # a folder of that name comes before the Hub
+    language_model(transformers.Qwen2Config).save_pretrained("Qwen/Qwen2.5-0.5B")
     Path("examples").symlink_to(REPOSITORY / "examples")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 2
@@ -22,6 +25,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
     assert names["painted"].shape == names["images"].shape
+    assert names["drawn"].shape == (1, 3, 64, 64)
     assert torch.isfinite(names["loss"])
 
 

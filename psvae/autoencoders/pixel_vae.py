@@ -152,6 +152,7 @@ class PixelVAE(nn.Module, AutoencoderFace, HubMixin):
 
     config_class = PixelVAEConfig
     foreign_formats = (AUTOENCODER_PIXEL_VAE, AUTOENCODER_KL, LDM)
+    card_tags = ("autoencoder",)
 
     def __init__(self, config: PixelVAEConfig) -> None:
         super().__init__()

@@ -174,6 +174,8 @@ class PSVAE(nn.Module, AutoencoderFace, HubMixin):
 
     config_class = PSVAEConfig
     foreign_formats = (AUTOENCODER_PSVAE, AUTOENCODER_RAE)
+    pipeline_tag = "image-feature-extraction"
+    card_tags = ("autoencoder",)
 
     def __init__(self, config: PSVAEConfig, encoder: SemanticEncoder | None = None) -> None:
         super().__init__()

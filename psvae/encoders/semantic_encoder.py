@@ -117,6 +117,7 @@ class SemanticEncoder(nn.Module, HubMixin):
 
     config_class = SemanticEncoderConfig
     foreign_formats = (TIMM, *TRANSFORMERS.values(), META_DINOV2)
+    pipeline_tag = "image-feature-extraction"
     mean: Tensor
     std: Tensor
 

@@ -17,18 +17,20 @@ def model_card(
     """Markdown with the Hub's metadata header.
 
     Args:
-        module: a psvae module with a ``config``.
+        module: a psvae module with a ``config``, and a class with ``pipeline_tag`` and ``card_tags``.
         training_command: the command that made the weights.
         metrics: measured numbers by name.
     """
-    name, config = type(module).__name__, module.config
+    kind: Any = type(module)
+    name, config = kind.__name__, module.config
     values: Any = config.to_dict()  # type: ignore[union-attr]
+    task = f"pipeline_tag: {kind.pipeline_tag}\n" if kind.pipeline_tag else ""
     count = sum(parameter.numel() for parameter in module.parameters())
     rows = [f"| {key} | {value:.4g} |" for key, value in (metrics or {}).items()]
     measured = "\n".join(["| measure | value |", "| --- | --- |", *rows]) if rows else "Nothing was recorded."
     return f"""---
 library_name: psvae
-tags: [psvae, image-feature-extraction, autoencoder]
+{task}tags: [{", ".join(("psvae", *kind.card_tags))}]
 ---
 {MARK}
 

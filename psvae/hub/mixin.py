@@ -24,12 +24,16 @@ __all__ = ["HubMixin", "build_empty", "recognise"]
 
 _log = logging.getLogger("psvae")
 
+LAYER_COUNTS = ("depth", "num_res_blocks", "num_layers", "head_depth")  # fields of every configuration
+
 
 class HubMixin:
     """Weights in and out, for an ``nn.Module`` built from one `Config`."""
 
     config_class: ClassVar[type[Config]]
     foreign_formats: ClassVar[tuple[Format, ...]] = ()  # layouts of other projects that `from_pretrained` reads
+    pipeline_tag: ClassVar[str | None] = None  # the Hub's name for the task, in the model card
+    card_tags: ClassVar[tuple[str, ...]] = ()
     config: Any  # the subclass's own Config
 
     @classmethod
@@ -195,7 +199,7 @@ def _layer_counts(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _layer_counts(value, f"{where}{name}.")
-        elif name in ("depth", "num_res_blocks"):
+        elif name in LAYER_COUNTS:
             yield where + name, value
 
 

@@ -37,8 +37,8 @@ OTHER_KINDS = {  # endings of what lies beside weights
     **dict.fromkeys((".gz", ".tar", ".tgz", ".zip"), "an archive, to be unpacked first"),
     **dict.fromkeys((".h5", ".msgpack", ".npy", ".npz", ".onnx", ".gguf"), "in another framework's format"),
 }
-WRAPPERS = ("state_dict", "model", "module")  # under which training scripts put the weights
-AVERAGED = ("ema", "model_ema", "ema_state_dict")  # where some put their moving average too
+# Under which training scripts put the weights, the moving average first: it is what they sample with.
+WRAPPERS = ("ema", "model_ema", "ema_state_dict", "state_dict", "model", "module")
 PREFIXES = ("module.", "first_stage_model.", "vae.", "decoder.")  # of DDP, LDM, a pipeline's file, RAE
 
 
@@ -266,12 +266,10 @@ def _refuse_other_kinds(path: PurePath, shown: Any) -> None:
 
 def _read_state_dict(path: Path, allowed: bool) -> dict[str, Tensor]:
     content = read_pickle(path, allowed)
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            averaged = [name for name in AVERAGED if isinstance(content.get(name), dict)]
-            if averaged:
-                _log.warning("%s holds %r and a moving average %r: %r is read", path, wrapper, averaged[0], wrapper)
-            content = content[wrapper]
+    while isinstance(content, dict) and (found := [name for name in WRAPPERS if isinstance(content.get(name), dict)]):
+        if len(found) > 1:
+            _log.warning("%s holds %s: %r is read", path, " and ".join(map(repr, found)), found[0])
+        content = content[found[0]]
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} does not hold a plain state dict of tensors: it is a {type(content).__name__}; wanted a dict"

@@ -25,6 +25,11 @@ class Source:
     """
 
     def __init__(self, repo_or_folder: str | os.PathLike[str], subfolder: str, **hub_options: Any) -> None:
+        if not isinstance(repo_or_folder, str | os.PathLike):
+            raise CheckpointError(
+                f"a {type(repo_or_folder).__name__} came; wanted a folder, a file or a Hub id: weights in memory are "
+                "saved first, a model's by its save_pretrained(folder), a dict of tensors by safetensors' save_file"
+            )
         self.name, self.subfolder, self.hub_options = str(repo_or_folder), subfolder, hub_options
         path = Path(repo_or_folder)
         self.file = path.name if path.is_file() else None

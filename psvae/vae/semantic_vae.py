@@ -75,6 +75,7 @@ class SemanticVAE(nn.Module, HubMixin):
     """
 
     config_class = SemanticVAEConfig
+    card_tags = ("autoencoder",)
 
     def __init__(self, config: SemanticVAEConfig) -> None:
         super().__init__()

@@ -226,6 +226,36 @@ def test_an_unreadable_image_is_named_and_costs_its_shard_alone(workspace, own_c
         assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_row_that_cannot_be_read_is_left_out(workspace, tmp_path, monkeypatch):
+    """It cannot be removed as a file can. The others keep their shards; a second run adds nothing."""
+    datasets = pytest.importorskip("datasets", reason="datasets comes with psvae[train]")
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from cache_latents import CachedLatents
+
+    files = sorted((workspace / "images").rglob("*.png"))
+    broken = (4, 9)  # the second alone in its shard
+    contents = [b"no picture" if place in broken else file.read_bytes() for place, file in enumerate(files)]
+    columns = {"image": [{"bytes": content, "path": None} for content in contents]}
+    columns |= {"label": [int(file.parent.name == "dog") for file in files]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    (tmp_path / "parquet").mkdir()
+    table.to_parquet(tmp_path / "parquet/train.parquet")
+    (tmp_path / "vae").symlink_to(workspace / "vae")
+    more = ("--data", str(tmp_path / "parquet"), "--split", "train")
+    text = finish(start(tmp_path, "out", *more))
+    assert re.search(r"row 4 cannot be read \(.*\); left out", text)
+    assert "8 images in 3 shards, 4 of them written now" in text
+    assert "2 cannot be read and are left out: row 4, row 9. Once mended, take another --output" in text
+    whole, cut = CachedLatents(workspace / "whole"), CachedLatents(tmp_path / "out")
+    kept = [place for place in range(COUNT) if place not in broken]
+    assert_close([latents for latents, _ in cut], [whole[place][0] for place in kept])
+    assert [label for _, label in cut] == [whole[place][1] for place in kept]
+    assert cut.manifest["left_out"] == list(broken)
+    before = {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "out")}
+    assert "8 images in 3 shards, 0 of them written now" in finish(start(tmp_path, "out", *more))
+    assert {path.name: path.stat().st_mtime_ns for path in shards(tmp_path / "out")} == before
+
+
 def test_an_image_that_is_removed_is_left_out_of_its_shard(workspace, own_copy, monkeypatch):
     """The others keep their places, so what was finished stays; the list may not change in another way."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))

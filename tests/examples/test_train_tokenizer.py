@@ -114,8 +114,10 @@ def test_a_killed_run_continues_bit_exactly(workspace, unbroken):
 
 
 def test_starting_over_checkpoints_is_refused(workspace, unbroken):
-    text = run(command(workspace, unbroken[0], "--stage", "2"), expect=1)
+    before = (unbroken[0] / "options.json").read_bytes()
+    text = run(command(workspace, unbroken[0], "--stage", "2", "--lr", "1"), expect=1)
     assert "pass --resume, or another --output" in text
+    assert (unbroken[0] / "options.json").read_bytes() == before
 
 
 def quick(workspace, output, *more, data="images"):

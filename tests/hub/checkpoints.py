@@ -6,14 +6,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.tiny import tiny_decoder, tiny_encoder, tiny_pixel_vae, tiny_psvae, tiny_vae
+from psvae import DeepFusionDiT, DeepFusionDiTConfig, ViTPixelDecoder, ViTPixelDecoderConfig
+from tests.tiny import build, tiny_decoder, tiny_encoder, tiny_pixel_vae, tiny_psvae, tiny_vae
+
+
+def tiny_generator(**fields: Any) -> DeepFusionDiT:
+    """Two blocks of width 48."""
+    config = DeepFusionDiTConfig.tiny(8).replace(
+        hidden_size=48, num_layers=2, attention_head_dim=16, intermediate_size=80, head_width=64, head_num_heads=2,
+        head_intermediate_size=96,
+    )  # fmt: skip
+    return build(DeepFusionDiT, config.replace(**fields))
+
+
+def tiny_vit_decoder() -> ViTPixelDecoder:
+    """One block of width 24."""
+    config = ViTPixelDecoderConfig(8, width=24, depth=1, num_heads=3, mlp_dim=40, patch_size=8, grid=(4, 4))
+    return build(ViTPixelDecoder, config)
+
 
 BUILDERS = {
     "SemanticEncoder": tiny_encoder,
     "SemanticVAE": tiny_vae,
     "PixelDecoder": tiny_decoder,
+    "ViTPixelDecoder": tiny_vit_decoder,
     "PSVAE": tiny_psvae,
     "PixelVAE": tiny_pixel_vae,
+    "DeepFusionDiT": tiny_generator,
 }
 
 

@@ -36,11 +36,26 @@ def test_the_card_holds_config_command_and_metrics(tmp_path: Path, name: str) ->
     assert saved == {"_class": name, **module.config.to_dict()}
 
 
-def test_the_header_is_what_the_hub_reads(tmp_path: Path) -> None:
-    tiny_psvae().save_pretrained(tmp_path)
+FEATURES = "image-feature-extraction"
+HEADERS = {  # pipeline_tag, tags besides psvae
+    "SemanticEncoder": (FEATURES, []),
+    "SemanticVAE": (None, ["autoencoder"]),
+    "PixelDecoder": (None, []),
+    "ViTPixelDecoder": (None, []),
+    "PSVAE": (FEATURES, ["autoencoder"]),
+    "PixelVAE": (None, ["autoencoder"]),
+    "DeepFusionDiT": ("text-to-image", []),
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_header_is_what_the_hub_reads(tmp_path: Path, name: str) -> None:
+    BUILDERS[name]().save_pretrained(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
+    pipeline, tags = HEADERS[name]
     assert data.library_name == "psvae"
-    assert "psvae" in (data.tags or [])
+    assert data.pipeline_tag == pipeline
+    assert data.tags == ["psvae", *tags]
 
 
 def test_a_card_without_command_or_metrics_says_so(tmp_path: Path) -> None:

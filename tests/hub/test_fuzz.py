@@ -1,5 +1,7 @@
 """Damaged headers and configurations of every layout: our error or a correct load, never a deep traceback."""
 
+import contextlib
+import copy
 import json
 import shutil
 import struct
@@ -9,11 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from psvae import PSVAE, PixelVAE, PixelVAEConfig
 from psvae.decoders import PixelDecoderConfig
 from psvae.encoders import PixelEncoderConfig
 from psvae.errors import PSVAEError
+from tests.hub.checkpoints import BUILDERS
 from tests.tiny import tiny_psvae
 
 EXAMPLES = settings(
@@ -192,3 +196,45 @@ def test_the_intact_folder_loads(whole):
     folder, model = whole
     loaded = PixelVAE.from_pretrained(folder)
     assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def places_of_whole_numbers(values, prefix=()):
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            yield from places_of_whole_numbers(value, (*prefix, key))
+        elif type(value) is int:
+            yield (*prefix, key)
+
+
+@contextlib.contextmanager
+def at_most_submodules(limit, place):
+    """Building more stops here, not when the memory is full."""
+    count = 0
+
+    def registered(*_):
+        nonlocal count
+        count += 1
+        assert count <= limit, f"{place} builds more layers than the weights hold"
+
+    hook = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_no_number_builds_more_layers_than_the_weights_hold(tmp_path, name):
+    """A field that counts layers is known by its name: `psvae.hub.mixin.LAYER_COUNTS`."""
+    module = BUILDERS[name]()
+    module.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    for *outer, last in places_of_whole_numbers(whole):
+        values = inner = copy.deepcopy(whole)
+        for key in outer:
+            inner = inner[key]
+        inner[last] = 10**9
+        path.write_text(json.dumps(values))
+        with at_most_submodules(1000, (*outer, last)), contextlib.suppress(PSVAEError):
+            type(module).from_pretrained(tmp_path)

@@ -82,11 +82,13 @@ def test_a_configuration_beside_the_decoder_says_the_heads(tmp_path):
     assert_same_outputs(ViTPixelDecoder.from_pretrained(tmp_path, **colours), reference())
 
 
-def test_a_moving_average_beside_the_weights_is_said(tmp_path, caplog):
+def test_the_moving_average_beside_the_weights_is_read(tmp_path, caplog):
     state = original_names(reference())
-    torch.save({"model": state, "ema": state, "step": 3}, tmp_path / "model.pt")
-    ViTPixelDecoder.from_pretrained(tmp_path / "model.pt", allow_pickle=True, **OUTPUT)
-    assert "holds 'model' and a moving average 'ema': 'model' is read" in caplog.text
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save({"model": state, "ema": other, "step": 3}, tmp_path / "model.pt")
+    read = ViTPixelDecoder.from_pretrained(tmp_path / "model.pt", allow_pickle=True, **OUTPUT)
+    assert "holds 'ema' and 'model': 'ema' is read" in caplog.text
+    assert read.norm.bias.equal(other["decoder_norm.bias"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""What a training run keeps on accelerate: checkpoints, written whole or not at all, averaged weights, its options, and
+the names of what it could not read."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
+    """All of accelerate's state as ``folder/step…``, written beside it and then renamed; the newest ``keep`` stay."""
+    partial, final = folder / "partial", folder / f"step{step:07d}"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        partial.rename(final)
+        for old in sorted(folder.glob("step*"))[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def first_step(accelerator: Accelerator, folder: Path, resume: bool) -> int:
+    """The step to go on from: with ``resume`` that of the newest checkpoint, which is loaded; otherwise 0.
+
+    Raises:
+        SystemExit: there are checkpoints, and they are not to be resumed.
+    """
+    refuse_to_start_over(folder, resume)
+    found = sorted(folder.glob("step*"))
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.removeprefix("step"))
+
+
+def refuse_to_start_over(folder: Path, resume: bool) -> None:
+    """Before anything of the earlier run is overwritten.
+
+    Raises:
+        SystemExit: there are checkpoints, and they are not to be resumed.
+    """
+    if not resume and any(folder.glob("step*")):
+        raise SystemExit(f"{folder} holds checkpoints of an earlier run: pass --resume, or another --output")
+
+
+def write_options(accelerator: Accelerator, output: Path, options: Any) -> None:
+    """The dataclass as ``output/options.json``: once the run can begin, for there may be one of an earlier run."""
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "options.json", json.dumps(asdict(options), indent=2, default=str) + "\n")
+
+
+def write_names(accelerator: Accelerator, names: set[str], file: Path) -> list[str]:
+    """Those of all processes, sorted, one to a line; no file where there are none. All processes call it."""
+    known = sorted(set(gather_object(sorted(names))))
+    if accelerator.is_main_process:
+        if known:
+            write_text(file, "\n".join(known) + "\n")
+        else:
+            file.unlink(missing_ok=True)
+    return known
+
+
+def read_names(file: Path) -> set[str]:
+    """What `write_names` left, so that a resumed run forgets none."""
+    return set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+
+
+def write_text(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def mean_of(accelerator: Accelerator, numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Over the processes, which all call it."""
+    if not numbers:
+        return {}
+    values = torch.stack([value.detach().float() for value in numbers.values()])
+    return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+class Ema:
+    """Exponential moving average of a model's trained parameters, checkpointed by accelerate."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """average ← decay · average + (1 − decay) · parameter."""
+        current = [p.detach() for p in model.parameters() if p.requires_grad]
+        torch._foreach_lerp_(self.parameters, current, 1.0 - self.decay)
+
+    def named(self, model: nn.Module) -> dict[str, Tensor]:
+        """The averages under the names that the parameters have in ``model``."""
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        return dict(zip(names, self.parameters, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `Accelerator.register_for_checkpointing`."""
+        return {"parameters": self.parameters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For `Accelerator.register_for_checkpointing`."""
+        for mine, saved in zip(self.parameters, state["parameters"], strict=True):
+            mine.copy_(saved)

@@ -1,0 +1,259 @@
+"""What sampling takes: the models of a trained generator, its noise, a share of the work, whole files.
+
+For generate.py and edit.py; train_generator.py borrows the models' half for its sample grids.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from checkpoints import write_text
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, PrefixCache, PSVAEError, flow
+from psvae.adapt import latent_shape
+
+TOKENIZER = "tokenizer"  # subfolder of a saved generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """The paper: 50 Euler steps, timestep shift 3, guidance 6.5, for editing too (section 4.1)."""
+
+    model: str
+    """Folder or Hub id of the DeepFusionDiT."""
+    vae: str
+    """Folder or Hub id of the PSVAE or PixelVAE that it was trained on."""
+    tokenizer: str | None = None
+    """Folder or Hub id; None takes the one that train_generator.py left beside the model."""
+    size: int = 256
+    """Side of the pictures, in pixels."""
+    steps: int = 50
+    """Updates of the sampler."""
+    shift: float = 3.0
+    guidance: float = 6.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guided where low < σ ≤ high."""
+    renorm: Literal["global", "channel"] | None = None
+    """BAGEL's bound on the length of the guided velocity."""
+    solver: Literal["euler", "heun"] = "euler"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the generator; the VAE stays in float32."""
+    seed: int = 0
+
+
+class Sampler:
+    """The models, loaded once.
+
+    Args:
+        extra: fields of `flow.Guidance` beside those of the options.
+
+    Attributes:
+        unit: pixels; sides of pictures are multiples of it.
+    """
+
+    def __init__(self, options: SamplingOptions, accelerator: Accelerator, **extra: Any) -> None:
+        self.options, self.device, self.dtype = options, accelerator.device, getattr(torch, options.dtype)
+        with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
+            self.guidance = flow.Guidance(
+                options.guidance, interval=options.guidance_interval, renorm=options.renorm, **extra
+            )
+            self.sigmas = flow.sigma_schedule(options.steps, options.shift)
+            self.model = DeepFusionDiT.from_pretrained(options.model, dtype=self.dtype).to(self.device)
+            self.vae = load_vae(options.vae, self.device)
+            self.shape = latent_shape(self.vae, options.size)
+            self.tokenizer = Tokenizer(options.tokenizer, options.model)
+        check_generator(self.model.config, self.shape)
+        self.unit = options.size // self.shape[1] * self.model.config.patch_size
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], places: list[tuple[int, int]], sources: Tensor | None = None) -> Tensor:
+        """Pictures ``B 3 H W`` in [-1, 1], on the CPU.
+
+        Args:
+            places: (prompt, number) of each picture; its noise depends on them and the seed alone.
+            sources: ``B 3 H W`` in [-1, 1], to edit; the pictures are of their size.
+        """
+        ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
+        source_latents, shape = None, self.shape
+        if sources is not None:
+            with plain_errors():
+                posterior = self.vae.encode(sources.to(self.device)).latent_dist
+                source_latents = scale_latents(self.vae, posterior.mode()).to(self.dtype)
+            shape = source_latents.shape[1:]
+        prefixes = branches(self.model, self.guidance, ids, mask, source_latents)
+        velocity = flow.guided(self.model, prefixes, self.guidance)
+        latents = flow.sample(velocity, self._noise(places, shape), self.sigmas, solver=self.options.solver)
+        return decode(self.vae, latents.float()).cpu()
+
+    def _noise(self, places: list[tuple[int, int]], shape: Sequence[int]) -> Tensor:
+        seeds = [zlib.crc32(repr((self.options.seed, *place)).encode()) for place in places]
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device, self.dtype)
+
+
+# Models
+
+
+class Tokenizer:
+    """transformers' tokenizer of a folder or Hub id: texts → ids and mask, both ``B T``, padded on the right.
+
+    Args:
+        name: None for the one that train_generator.py left in ``model``.
+        length: longer texts are cut, then and whenever it is loaded again; None keeps the tokenizer's own.
+    """
+
+    def __init__(self, name: str | None, model: str | Path | None, length: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        if name is None and model is None:
+            raise SystemExit("random weights came without a tokenizer: pass --tokenizer")
+        where, subfolder = (str(model), TOKENIZER) if name is None else (name, "")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(where, subfolder=subfolder)
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            raise SystemExit(f"no tokenizer in {where}/{subfolder}, pass --tokenizer: {said}") from error
+        self.tokenizer.padding_side = "right"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer.model_max_length = length or self.tokenizer.model_max_length
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def save(self, model: Path) -> None:
+        """Beside the weights."""
+        self.tokenizer.save_pretrained(model / TOKENIZER)
+
+
+def load_vae(name: str, device: torch.device) -> PSVAE | PixelVAE:
+    """Frozen, of the class that recognises the checkpoint; where none does, what each said."""
+    said = []
+    for cls in (PSVAE, PixelVAE):
+        try:
+            return cls.from_pretrained(name).to(device).requires_grad_(False)
+        except PSVAEError as error:
+            said.append(str(error))
+    raise SystemExit("; ".join(dict.fromkeys(said)))
+
+
+def check_generator(config: DeepFusionDiTConfig, latents: Sequence[int]) -> None:
+    """Whether it goes with such latents, Z h w, and with texts.
+
+    Raises:
+        SystemExit: it does not.
+    """
+    channels, height, width = latents
+    if config.fusion == "prefix":
+        raise SystemExit("a generator with fusion 'prefix' reads no texts; these scripts take 'shared' or 'mot'")
+    if config.in_channels != channels:
+        raise SystemExit(f"the VAE's latents have {channels} channels, the generator's {config.in_channels}")
+    if height % config.patch_size or width % config.patch_size:
+        raise SystemExit(
+            f"latents of this size are {height} x {width}, which patches of {config.patch_size} do not fill: take a "
+            f"--size that is a multiple of the VAE's stride times {config.patch_size}"
+        )
+
+
+def scale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """As a generator sees them: a PSVAE's come normalised, a PixelVAE leaves shift, scale and statistics to us."""
+    if isinstance(vae, PSVAE):
+        return latents
+    return vae.latent_spec.normalize((latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
+
+
+def unscale_latents(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """`scale_latents` undone."""
+    if isinstance(vae, PSVAE):
+        return latents
+    return vae.latent_spec.denormalize(latents) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+
+def decode(vae: PSVAE | PixelVAE, latents: Tensor) -> Tensor:
+    """Pictures ``B 3 H W`` in [-1, 1]."""
+    return vae.decode(unscale_latents(vae, latents)).sample.float().clamp(-1, 1)
+
+
+def branches(
+    model: DeepFusionDiT, guidance: flow.Guidance, ids: Tensor, mask: Tensor, sources: Tensor | None
+) -> dict[str, PrefixCache]:
+    """The prefixes that the guidance asks for, each encoded once for all steps."""
+    made = {
+        "full": lambda: model.encode_prefix(ids, mask, source_latents=sources),
+        "text": lambda: model.encode_prefix(ids, mask),
+        "image": lambda: model.encode_prefix(source_latents=sources),
+        "empty": lambda: PrefixCache.empty(
+            model.config, len(ids), device=ids.device, dtype=model.embed_latents.weight.dtype
+        ),
+    }
+    return {name: made[name]() for name in guidance.branches}
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What psvae refuses, in one line instead of a traceback."""
+    try:
+        yield
+    except PSVAEError as error:
+        raise SystemExit(str(error)) from error
+
+
+# Many pictures
+
+
+def share(jobs: list[Any], accelerator: Accelerator) -> Iterator[Any]:
+    """This process's share of the jobs whose ``files`` are not all there, with a progress bar."""
+    waiting = [job for job in jobs if not all(file.exists() for file in job.files)]
+    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+    accelerator.print(f"{len(jobs)} texts, {len(jobs) - len(waiting)} of them done before")
+    mine = waiting[accelerator.process_index :: accelerator.num_processes]
+    return iter(tqdm(mine, disable=not accelerator.is_main_process))
+
+
+def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> None:
+    """Keep the pictures of two runs apart: what was asked for lies beside the folder, which takes no others.
+
+    Raises:
+        SystemExit: the folder holds pictures of other options.
+    """
+    beside, asked = output.with_name(f"{output.name}.json"), asked_for(options)
+    if beside.exists() and any(path.is_file() for path in output.rglob("*")):
+        try:
+            before = dict(json.loads(beside.read_text(encoding="utf-8")))
+        except ValueError as error:
+            said = f"{beside}, which says of what options the pictures in {output} are, cannot be read ({error})"
+            raise SystemExit(f"{said}; choose another --output") from error
+        changed = [name for name, value in asked.items() if before.get(name) != value]
+        if changed:
+            said = "; ".join(f"{name}: {before.get(name)!r} before, {asked[name]!r} now" for name in changed)
+            raise SystemExit(f"{output} holds pictures of another run, see {beside} ({said}); choose another --output")
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        write_text(beside, json.dumps(asked, indent=2) + "\n")
+
+
+def asked_for(options: SamplingOptions) -> dict[str, Any]:
+    """As JSON gives it back, but for the output; files and folders by the whole of their paths."""
+    found = {name: value for name, value in asdict(options).items() if name != "output"}
+    for name, value in found.items():
+        if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
+            found[name] = str(Path(value).resolve())
+    return json.loads(json.dumps(found))
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """``3 H W`` in [-1, 1] as a PNG, whole or not at all; no evaluator takes the half-written one for a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (image.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).numpy()
+    partial = path.with_name(f".{path.name}")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    partial.replace(path)

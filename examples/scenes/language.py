@@ -1,0 +1,85 @@
+"""The words: what a prompt asks for, how it reads, and a tokenizer that splits at spaces."""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .world import BACKGROUNDS, COLOURS, SHAPES
+
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+SIDES = ("left", "right", "top", "bottom")
+PAD, START = 0, 1
+WORDS = (
+    "<pad>", "<start>", "a", "the", "and", "of", "on", "to", "with", "background",
+    "left", "right", "above", "below", "top", "bottom",
+    "make", "replace", "add", "remove", "move", "change",
+    *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(),
+)  # fmt: skip
+LENGTH = 22  # the longest caption, with its start token
+_IDS = {word: place for place, word in enumerate(WORDS)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """So many shapes of one kind; no colour means any, no cell anywhere."""
+
+    shape: str
+    colour: str | None = None
+    count: int = 1
+    cell: str | None = None
+
+    @property
+    def text(self) -> str:
+        words = [NUMBERS.get(self.count, "a"), self.colour, self.shape if self.count == 1 else PLURALS[self.shape]]
+        return " ".join(word for word in (*words, self.cell) if word)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a caption says, as data that a picture can be checked against.
+
+    ``relation`` is between the first wanted thing and the second.
+    """
+
+    task: str
+    wanted: tuple[Wanted, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    @property
+    def text(self) -> str:
+        said = (f" {self.relation} " if self.relation else " and ").join(wanted.text for wanted in self.wanted)
+        return f"{said} on a {self.background} background" if self.background else said
+
+
+def encode(text: str, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Token ids and which of them are real, both ``length``; padded on the right.
+
+    A start token comes first, so that the empty text, which stands for no condition, still has one token.
+    """
+    ids = [START]
+    for word in text.split():
+        if word not in _IDS:
+            near = difflib.get_close_matches(word, WORDS, n=1)
+            raise ValueError(f"{word!r} is not in the vocabulary" + (f"; did you mean {near[0]!r}?" if near else ""))
+        ids.append(_IDS[word])
+    if len(ids) > length:
+        raise ValueError(f"{text!r} is {len(ids)} tokens with the start token, more than length={length}")
+    tokens = torch.full((length,), PAD)
+    tokens[: len(ids)] = torch.tensor(ids)
+    return tokens, torch.arange(length) < len(ids)
+
+
+def encode_many(texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Ids and mask, both ``B length``."""
+    ids, mask = zip(*(encode(text, length) for text in texts), strict=True)
+    return torch.stack(ids), torch.stack(mask)
+
+
+def decode(ids: Tensor) -> str:
+    """The text of ``length`` token ids."""
+    return " ".join(WORDS[place] for place in ids.tolist() if place not in (PAD, START))

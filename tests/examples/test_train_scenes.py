@@ -1,0 +1,46 @@
+"""`make scenes` in a few steps: the whole path runs, scores itself, and goes on where it stopped."""
+
+import json
+import subprocess
+
+import numpy as np
+from PIL import Image
+
+from psvae import PSVAE, DeepFusionDiT
+from tests.examples.generator_world import command, environment, run
+
+TINY = ("--share", "0.001", "--no-compile", "--prompts", "2", "--edits", "1", "--sampling-steps", "2")
+
+
+def test_trains_scores_and_resumes(tmp_path):
+    printed = run(command("train_scenes", *TINY, "--output", tmp_path))
+    table = json.loads((tmp_path / "scores.json").read_text())
+    tasks = {"single_object", "two_objects", "counting", "colour", "position", "colour_attribution", "mean"}
+    assert set(table["text_to_image"]) == tasks
+    assert {"recolour", "replace", "add", "remove", "move", "background"} < set(table["editing"])
+    assert 0 < table["editing"]["preserved_psnr"] < 30
+    assert f"{table['tokenizer']['psnr']} dB" in printed
+    for name in ("text_to_image", "editing"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png").convert("L")).std() > 5
+        assert isinstance(DeepFusionDiT.from_pretrained(tmp_path / name / "model"), DeepFusionDiT)
+    assert PSVAE.from_pretrained(tmp_path / "tokenizer").latent_spec.mean is not None
+
+    written = (tmp_path / "text_to_image" / "model" / "model.safetensors").stat().st_mtime_ns
+    run(command("train_scenes", *TINY, "--resume", "--output", tmp_path))
+    again = json.loads((tmp_path / "scores.json").read_text())
+    assert again["text_to_image"] == table["text_to_image"]
+    assert again["editing"] == table["editing"]
+    assert (tmp_path / "text_to_image" / "model" / "model.safetensors").stat().st_mtime_ns == written
+
+    refused = subprocess.run(
+        command("train_scenes", *TINY, "--output", tmp_path), env=environment(), capture_output=True, text=True
+    )
+    assert refused.returncode
+    assert "--resume goes on with it" in refused.stderr
+    refused = subprocess.run(
+        command("train_scenes", *TINY, "--resume", "--seed", "1", "--output", tmp_path),
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode
+    assert "seed 0, now 1" in refused.stderr
+    assert "Traceback" not in refused.stderr
