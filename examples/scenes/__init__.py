@@ -21,9 +21,9 @@ from .world import (
 )
 
 __all__ = [
-    "BACKGROUNDS", "CELL", "COLOURS", "EDITS", "EDIT_LENGTH", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES", "SIZE",
-    "START", "TASKS", "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing", "Wanted",
-    "class_map", "decode", "depth_map", "detect", "draw", "draw_many", "edit_example", "encode", "encode_many",
-    "evaluation_prompts", "example", "masks", "region", "score_edit", "score_edits", "score_prompt", "score_prompts",
-    "trainable",
+    "BACKGROUNDS", "CELL", "COLOURS", "EDITS", "EDIT_LENGTH", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES",
+    "SIZE", "START", "TASKS", "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing",
+    "Wanted", "class_map", "decode", "depth_map", "detect", "draw", "draw_many", "edit_example", "encode",
+    "encode_many", "evaluation_prompts", "example", "masks", "region", "score_edit", "score_edits", "score_prompt",
+    "score_prompts", "trainable",
 ]  # fmt: skip
