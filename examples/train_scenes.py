@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     )  # fmt: skip
     count = max(64, round((options.edit_pairs if edits else options.image_pairs) * options.share))
     pairs = (edit_pairs if edits else image_pairs)(vae, count)
+    tokenise = partial(scenes.encode_many, length=scenes.EDIT_LENGTH if edits else scenes.LENGTH)
     accelerator = make_accelerator(training)
     if init is None:
         torch.manual_seed(options.seed)
@@ -186,7 +188,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     else:
         model = DeepFusionDiT.from_pretrained(init)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward of flash attention is slow in bf16 with few tokens
-        Training(training, accelerator, model, vae, scenes.encode_many, pairs).run()
+        Training(training, accelerator, model, vae, tokenise, pairs).run()
     accelerator.free_memory()
     vae.cpu()  # back from where it was trained with; scoring is on the CPU
     return DeepFusionDiT.from_pretrained(folder / "model")

@@ -3,7 +3,7 @@
 from .compose import CELL, HELD_OUT, HELD_OUT_PAIRS, TASKS, evaluation_prompts, example, trainable
 from .detector import Detection, Found, detect
 from .edits import EDITS, Edit, edit_example, region
-from .language import LENGTH, PAD, START, WORDS, Prompt, Wanted, decode, encode, encode_many
+from .language import EDIT_LENGTH, LENGTH, PAD, START, WORDS, Prompt, Wanted, decode, encode, encode_many
 from .score import score_edit, score_edits, score_prompt, score_prompts
 from .world import (
     BACKGROUNDS,
@@ -21,9 +21,9 @@ from .world import (
 )
 
 __all__ = [
-    "BACKGROUNDS", "CELL", "COLOURS", "EDITS", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES", "SIZE", "START",
-    "TASKS", "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing", "Wanted", "class_map",
-    "decode", "depth_map", "detect", "draw", "draw_many", "edit_example", "encode", "encode_many",
-    "evaluation_prompts", "example", "masks", "region", "score_edit", "score_edits", "score_prompt", "score_prompts",
-    "trainable",
+    "BACKGROUNDS", "CELL", "COLOURS", "EDITS", "EDIT_LENGTH", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "PAD", "SHAPES",
+    "SIZE", "START", "TASKS", "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing",
+    "Wanted", "class_map", "decode", "depth_map", "detect", "draw", "draw_many", "edit_example", "encode",
+    "encode_many", "evaluation_prompts", "example", "masks", "region", "score_edit", "score_edits", "score_prompt",
+    "score_prompts", "trainable",
 ]  # fmt: skip

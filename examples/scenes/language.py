@@ -19,7 +19,7 @@ WORDS = (
     "make", "replace", "add", "remove", "move", "change",
     *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(),
 )  # fmt: skip
-LENGTH = 22  # the longest caption, with its start token
+LENGTH, EDIT_LENGTH = 22, 10  # the longest caption and the longest instruction, with their start token
 _IDS = {word: place for place, word in enumerate(WORDS)}
 
 

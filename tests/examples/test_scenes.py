@@ -9,6 +9,7 @@ from torchvision.transforms.functional import gaussian_blur
 from examples.scenes import (
     BACKGROUNDS,
     COLOURS,
+    EDIT_LENGTH,
     EDITS,
     HELD_OUT,
     HELD_OUT_PAIRS,
@@ -233,15 +234,15 @@ def test_an_edit_that_spoils_the_rest_shows_it():
 
 
 def test_the_tokenizer_gives_the_words_back():
-    longest = 0
+    longest = {LENGTH: 0, EDIT_LENGTH: 0}
     for seed in range(500):
-        for text in (example(seed)[1].text, edit_example(seed).instruction):
-            ids, mask = encode(text)
-            assert ids.shape == mask.shape == (LENGTH,)
+        for text, length in ((example(seed)[1].text, LENGTH), (edit_example(seed).instruction, EDIT_LENGTH)):
+            ids, mask = encode(text, length)
+            assert ids.shape == mask.shape == (length,)
             assert decode(ids) == text
             assert (ids[~mask] == 0).all()
-            longest = max(longest, int(mask.sum()))
-    assert longest <= LENGTH
+            longest[length] = max(longest[length], int(mask.sum()))
+    assert all(length == seen for length, seen in longest.items())
     assert encode("")[1].sum() == 1  # no condition is still one token
     with pytest.raises(ValueError, match="did you mean 'circle'"):
         encode("a red cirle")
