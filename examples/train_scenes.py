@@ -172,7 +172,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     edits = init is not None
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
-        output=folder, steps=steps, batch_size=32, lr=2e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
+        output=folder, steps=steps, batch_size=32, lr=1e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
         ema=0.995, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16",
         compile=options.compile, seed=options.seed, resume=options.resume, log_every=20,
         sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4), sampling_steps=options.sampling_steps,
@@ -239,7 +239,11 @@ def shuffled(texts: list[str], latents: Tensor, sources: Tensor | None) -> Batch
 
 
 def pictures(seed: int, count: int) -> Tensor:
-    return scenes.draw_many([scenes.example(seed + place)[0] for place in range(count)])
+    """As captions and as edits have them, half and half."""
+    half = range(seed // 2, (seed + count) // 2)
+    return scenes.draw_many([
+        *(scenes.example(place)[0] for place in half), *(scenes.edit_example(place).target for place in half)
+    ])  # fmt: skip
 
 
 # Scoring

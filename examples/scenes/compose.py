@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations, product
 
 from .language import RELATIONS, Prompt, Wanted
-from .world import BACKGROUNDS, BOARD, CELL, COLOURS, SHAPES, Background, Scene, Thing, cell_name, reach
+from .world import BACKGROUNDS, BOARD, CELL, COLOURS, SHAPES, SIZE, Background, Scene, Thing, reach
 
 TASKS = ("single_object", "two_objects", "counting", "colour", "position", "colour_attribution")
 Kind = tuple[str, str]  # (colour, shape)
@@ -19,8 +19,20 @@ HELD_OUT: frozenset[Kind] = frozenset({
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
 SIZES = (22, 28)  # both stay inside a cell
 APART = 14  # pixels between centres, along its axis, that make a relation plain
-DENSE, COLOURED = 0.6, 0.7  # shares of training captions: that say where each thing is; that name colours
-MIX = {"single": 35, "two": 35, "counting": 20, "several": 10}  # of training scenes, in per cent
+MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
+COLOURED, SETTING = 0.7, 0.6  # shares of training captions: that name colours; that name the background
+# Things stand as the spots on a die, in the order in which the caption names them, on white if it names no background.
+# So the words decide where each is, from pure noise on. With random places they do not, and once the noise has shown
+# where, it has shown what as well: there was little left to learn from words.
+NEAR, MIDDLE, FAR = BOARD[0], SIZE // 2, BOARD[-1]
+SIDE_BY_SIDE, STACKED = ((NEAR, MIDDLE), (FAR, MIDDLE)), ((MIDDLE, NEAR), (MIDDLE, FAR))
+SPOTS = {
+    1: ((MIDDLE, MIDDLE),),
+    2: SIDE_BY_SIDE,
+    3: ((NEAR, NEAR), (FAR, NEAR), (MIDDLE, FAR)),
+    4: ((NEAR, NEAR), (FAR, NEAR), (NEAR, FAR), (FAR, FAR)),
+}
+RELATED = {"left of": SIDE_BY_SIDE, "right of": SIDE_BY_SIDE[::-1], "above": STACKED, "below": STACKED[::-1]}
 
 
 def _held_out_pair(first: Kind, second: Kind) -> bool:
@@ -68,7 +80,7 @@ def evaluation_prompts(task: str, count: int, held_out: bool = False, seed: int 
 
 def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
     form = rng.choices(list(MIX), list(MIX.values()))[0]
-    relation = rng.choice(RELATIONS) if form == "two" and rng.random() < 0.5 else None
+    relation = rng.choice(RELATIONS) if form == "two" and rng.random() < 0.7 else None
     kinds: list[Kind] = []
     while not kinds or not trainable(kinds):
         if form == "single":
@@ -81,34 +93,14 @@ def _training_example(rng: random.Random) -> tuple[Scene, Prompt]:
             kinds = rng.sample(SEEN, 3)
         else:
             kinds = [rng.choice(SEEN)] * rng.randint(2, 3) + [rng.choice(SEEN)]
-    scene = arrange(rng, kinds, relation)
-    if rng.random() < DENSE and len(kinds) < 4:
-        return scene, _dense_caption(rng, scene)
-    return scene, _caption(rng, kinds, relation, scene.background.name)
-
-
-def _dense_caption(rng: random.Random, scene: Scene) -> Prompt:
-    """Every thing with its cell. Without such captions, words are learned late: where a thing is, they do not say,
-    and once the noise shows where, it shows what as well."""
-    coloured = rng.random() < COLOURED
-    wanted = [
-        Wanted(thing.shape, thing.colour if coloured else None, cell=cell_name(thing.x, thing.y))
-        for thing in scene.things
-    ]
-    rng.shuffle(wanted)
-    return Prompt("caption", tuple(wanted), None, scene.background.name if rng.random() < 0.35 else None)
-
-
-def _caption(rng: random.Random, kinds: list[Kind], relation: str | None, background: str) -> Prompt:
-    """Everything that is in the scene; its colours, its relation and its background not always."""
     coloured = rng.random() < COLOURED and len(set(kinds)) <= 3  # four colours would be too many words
     groups = Counter((shape, colour if coloured else None) for colour, shape in kinds)
-    wanted = [Wanted(*kind, count) for kind, count in groups.items()]
-    if len(wanted) < 2:
+    if len(groups) < 2:
         relation = None  # two things that the words cannot tell apart
-    if relation is None:
-        rng.shuffle(wanted)
-    return Prompt("caption", tuple(wanted), relation, background if rng.random() < 0.35 else None)
+    named = sorted(kinds, key=lambda kind: list(groups).index((kind[1], kind[0] if coloured else None)))
+    setting = rng.choice(list(BACKGROUNDS)) if rng.random() < SETTING else None
+    wanted = tuple(Wanted(*kind, count) for kind, count in groups.items())
+    return compose(rng, named, relation, setting), Prompt("caption", wanted, relation, setting)
 
 
 def _same_shape(rng: random.Random, one_colour: bool) -> list[Kind]:
@@ -123,14 +115,13 @@ def _task_example(rng: random.Random, task: str, held_out: bool) -> tuple[Scene,
     kinds = _task_kinds(rng, task, held_out)
     coloured = held_out or task in ("colour", "colour_attribution")
     relation = rng.choice(RELATIONS) if task == "position" else None
-    scene = arrange(rng, kinds, relation)
+    setting = rng.choice(list(BACKGROUNDS)) if task == "single_object" and held_out else None
     wanted = [Wanted(shape, colour if coloured else None) for colour, shape in kinds]
     if task == "counting":
         wanted = [Wanted(wanted[0].shape, wanted[0].colour, len(kinds))]
     if task == "two_objects":
         wanted[1] = Wanted(wanted[1].shape)
-    background = scene.background.name if task == "single_object" and held_out else None
-    return scene, Prompt(task, tuple(wanted), relation, background)
+    return compose(rng, kinds, relation, setting), Prompt(task, tuple(wanted), relation, setting)
 
 
 def _task_kinds(rng: random.Random, task: str, held_out: bool) -> list[Kind]:
@@ -154,11 +145,19 @@ def _task_kinds(rng: random.Random, task: str, held_out: bool) -> list[Kind]:
 _ORDERED_PAIRS = sorted(tuple(sorted(pair)) for pair in HELD_OUT_PAIRS)  # a set's order is not the same in every run
 
 
-def arrange(rng: random.Random, kinds: Sequence[Kind], relation: str | None = None, overlap: bool = False) -> Scene:
-    """Things of these kinds at free places, in a random depth order.
+def compose(rng: random.Random, kinds: Sequence[Kind], relation: str | None, setting: str | None) -> Scene:
+    """One to four things of these kinds, in the order of `SPOTS`; or two, the first in a relation to the second."""
+    spots = SPOTS[len(kinds)] if relation is None else RELATED[relation]
+    things = tuple(
+        Thing(shape, colour, x, y, rng.choice(SIZES)) for (colour, shape), (x, y) in zip(kinds, spots, strict=True)
+    )
+    return Scene(things, background(rng, [setting or "white"]))
+
+
+def scatter(rng: random.Random, kinds: Sequence[Kind], overlap: bool = False) -> Scene:
+    """Things of these kinds on free cells of the board, in a random depth order.
 
     Args:
-        relation: the first thing is there with respect to the second.
         overlap: leave the board, and let things of different colours cover a little of each other, so that depth
             order matters.
     """
@@ -172,17 +171,15 @@ def arrange(rng: random.Random, kinds: Sequence[Kind], relation: str | None = No
                     break
             else:
                 break  # no room is left: begin again
-        if len(things) == len(kinds) and (relation is None or holds(things[0], relation, things[1])):
+        if len(things) == len(kinds):
             break
     rng.shuffle(things)
     return Scene(tuple(things), background(rng))
 
 
-def background(rng: random.Random, but: str | None = None) -> Background:
-    """Any background, its name another than ``but``."""
-    name = rng.choice([name for name in BACKGROUNDS if name != but])
+def background(rng: random.Random, names: Sequence[str] = tuple(BACKGROUNDS)) -> Background:
     slope = (rng.uniform(-0.05, 0.05), rng.uniform(-0.05, 0.05))
-    return Background(name, rng.uniform(-0.03, 0.03), slope)
+    return Background(rng.choice(names), rng.uniform(-0.03, 0.03), slope)
 
 
 def place(rng: random.Random, colour: str, shape: str, step: int = CELL) -> Thing:

@@ -8,9 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .compose import HELD_OUT, KINDS, SEEN, arrange, background, fits, holds, place, trainable
+from .compose import HELD_OUT, KINDS, SEEN, background, fits, holds, place, scatter, trainable
 from .language import RELATIONS, SIDES
-from .world import BOARD, COLOURS, SIZE, Scene, coverages
+from .world import BACKGROUNDS, BOARD, COLOURS, SIZE, Scene, coverages
 
 EDITS = ("recolour", "replace", "add", "remove", "move", "background")
 MARGIN = 2  # pixels around what changes that may change too: an autoencoder blurs
@@ -83,7 +83,7 @@ def _source(rng: random.Random, kind: str, held_out: bool) -> Scene:
     kinds = rng.sample(SEEN, rng.randint(1, 3))
     if held_out and kind in _KEEPING:
         kinds[0] = rng.choice(sorted(HELD_OUT))
-    return arrange(rng, kinds)
+    return scatter(rng, kinds)
 
 
 def _subject(rng: random.Random, scene: Scene) -> int:
@@ -157,7 +157,7 @@ def _move(rng: random.Random, source: Scene) -> Edit | None:
 
 
 def _background(rng: random.Random, source: Scene) -> Edit:
-    after = background(rng, but=source.background.name)
+    after = background(rng, [name for name in BACKGROUNDS if name != source.background.name])
     return Edit("background", f"change the background to {after.name}", source, replace(source, background=after))
 
 

@@ -19,23 +19,22 @@ WORDS = (
     "make", "replace", "add", "remove", "move", "change",
     *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(),
 )  # fmt: skip
-LENGTH, EDIT_LENGTH = 22, 10  # the longest caption and the longest instruction, with their start token
+LENGTH, EDIT_LENGTH = 16, 10  # the longest caption and the longest instruction, with their start token
 _IDS = {word: place for place, word in enumerate(WORDS)}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """So many shapes of one kind; no colour means any, no cell anywhere."""
+    """So many shapes of one kind; no colour means any."""
 
     shape: str
     colour: str | None = None
     count: int = 1
-    cell: str | None = None
 
     @property
     def text(self) -> str:
         words = [NUMBERS.get(self.count, "a"), self.colour, self.shape if self.count == 1 else PLURALS[self.shape]]
-        return " ".join(word for word in (*words, self.cell) if word)
+        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 from .detector import Detection, Found, detect
 from .edits import MARGIN, Edit, region
 from .language import Prompt, Wanted
-from .world import SIZE, Thing, cell_name
+from .world import SIZE, Thing
 
 NEAR = 8  # pixels between a thing and where it should be
 PLAIN = 6  # pixels between two centres that make a relation true
@@ -45,8 +45,7 @@ def _shows(found: Detection, prompt: Prompt, exact: bool) -> bool:
 
 
 def _is(thing: Found, wanted: Wanted) -> bool:
-    here = wanted.cell in (None, cell_name(thing.x, thing.y))
-    return here and thing.shape == wanted.shape and wanted.colour in (None, thing.colour)
+    return thing.shape == wanted.shape and wanted.colour in (None, thing.colour)
 
 
 def related(thing: Found | Thing, relation: str, other: Found | Thing) -> bool:

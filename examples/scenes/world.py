@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 SIZE = 64
-# A board of 2 by 2 cells, one thing in each at most: coarse on purpose, so that a small model learns it in minutes.
+# Things fill cells of this size: coarse on purpose, so that a small model learns them in minutes.
 CELL = 32
 BOARD = range(CELL // 2, SIZE, CELL)  # of centres, on both axes
-CELLS = ("top left", "bottom left", "top right", "bottom right")  # column by column
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # Any two colours of the eleven, shapes' and backgrounds', are at least 0.4 apart in RGB, so that a blurred or noisy
 # picture still says which one it is.
@@ -80,11 +79,6 @@ class Scene:
     def labels(self) -> tuple[int, ...]:
         """One class per thing, back to front."""
         return tuple(thing.label for thing in self.things)
-
-
-def cell_name(x: int, y: int) -> str:
-    """The cell that a point is in."""
-    return CELLS[x // CELL * len(BOARD) + y // CELL]
 
 
 def reach(shape: str, size: float) -> float:

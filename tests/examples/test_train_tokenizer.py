@@ -155,9 +155,13 @@ def test_hugging_face_and_webdataset_sources(workspace):
                 record = tarfile.TarInfo(file.name)
                 record.size = len(content)
                 tar.addfile(record, io.BytesIO(content))
-    run(quick(workspace, workspace / "hf", "--data.kind", "huggingface", data="parquet"))
-    run(quick(workspace, workspace / "hf-stream", "--data.kind", "huggingface", "--data.streaming", data="parquet"))
-    run(quick(workspace, workspace / "wds", "--data.kind", "webdataset", data="shards/{0..1}.tar"))
+    for name, *options, data in (
+        ("hf", "--data.kind", "huggingface", "parquet"),
+        ("hf-stream", "--data.kind", "huggingface", "--data.streaming", "parquet"),
+        ("wds", "--data.kind", "webdataset", "shards/{0..1}.tar"),
+    ):
+        run(quick(workspace, workspace / name, *options, data=data))
+        assert PSVAE.from_pretrained(workspace / name / "stage1").latent_spec.channels == 8
 
 
 def test_a_later_start_gives_the_same_stream(workspace):
