@@ -19,6 +19,7 @@ from typing import Any
 import scenes
 import torch
 import tyro
+from checkpoints import changed, write_text
 from pairs import Batches, Pairs
 from scenes.show import sheet
 from scenes.world import Scene
@@ -88,7 +89,7 @@ def main(options: Options) -> dict[str, Any]:
     table["minutes"] = round((time.time() - started) / 60, 1)
     table["resumed"] = options.resume
     table["options"] = settings(options)
-    (options.output / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
+    write_text(options.output / "scores.json", json.dumps(table, indent=2) + "\n")
     print_table(table)
     return table
 
@@ -103,21 +104,14 @@ def claim(options: Options) -> None:
     file = options.output / "options.json"
     earlier = json.loads(file.read_text()) if file.exists() else None
     if earlier is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings(options), indent=2) + "\n")
+        write_text(file, json.dumps(settings(options), indent=2) + "\n")
     elif not options.resume:
         raise SystemExit(
             f"{options.output} holds an earlier run: --resume goes on with it, another --output begins anew"
         )
     elif earlier != settings(options):
-        changed = [
-            f"{key} {earlier.get(key)}, now {value}"
-            for key, value in settings(options).items()
-            if earlier.get(key) != value
-        ]
-        raise SystemExit(
-            f"{options.output} was begun with other options ({', '.join(changed)}); another --output begins anew"
-        )
+        said = changed(earlier, settings(options))
+        raise SystemExit(f"{options.output} was begun with other options ({said}); another --output begins anew")
 
 
 # Training
@@ -173,7 +167,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
     steps = max(2, round((options.edit_steps if edits else options.image_steps) * options.share))
     training = TrainingOptions(
         output=folder, steps=steps, batch_size=32, lr=1e-3, warmup=min(100, steps // 10 + 1), final_lr=0.02,
-        ema=0.995, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16",
+        ema=0.995, drop_source=0.0, shift=1.0, sigma_mean=SIGMA_MEAN, sigma_std=SIGMA_STD, mixed_precision="bf16",
         compile=options.compile, seed=options.seed, resume=options.resume, log_every=20,
         sample_every=max(1, steps // 4), checkpoint_every=max(1, steps // 4), sampling_steps=options.sampling_steps,
         sampling_shift=SHIFT, guidance=options.guidance, tracker="none",

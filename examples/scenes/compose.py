@@ -18,7 +18,6 @@ HELD_OUT: frozenset[Kind] = frozenset({
 })  # fmt: skip
 SEEN: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind not in HELD_OUT)
 SIZES = (22, 28)  # both stay inside a cell
-APART = 14  # pixels between centres, along its axis, that make a relation plain
 MIX = {"single": 30, "two": 40, "counting": 20, "several": 10}  # of training scenes, in per cent
 COLOURED, SETTING = 0.7, 0.6  # shares of training captions: that name colours; that name the background
 # Things stand as the spots on a die, in the order in which the caption names them, on white if it names no background.
@@ -198,8 +197,7 @@ def fits(thing: Thing, other: Thing, overlap: bool = False) -> bool:
 
 
 def holds(thing: Thing, relation: str, other: Thing) -> bool:
-    """Whether a relation is plain: far enough along its axis, and more along it than across."""
+    """Whether a relation is plain: more along its axis than across."""
     dx, dy = thing.x - other.x, thing.y - other.y
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
-    across = abs(dy if relation in ("left of", "right of") else dx)
-    return along >= APART and along >= 1.2 * across
+    return along > abs(dy if relation in ("left of", "right of") else dx)

@@ -14,7 +14,6 @@ from .world import BACKGROUNDS, BOARD, COLOURS, SIZE, Scene, coverages
 
 EDITS = ("recolour", "replace", "add", "remove", "move", "background")
 MARGIN = 2  # pixels around what changes that may change too: an autoencoder blurs
-FAR = 14  # the least way, in pixels, that a moved thing goes
 _KEEPING = ("remove", "move", "background")  # edits that make no new combination
 
 
@@ -151,7 +150,7 @@ def _move(rng: random.Random, source: Scene) -> Edit | None:
     number, side = _subject(rng, source), rng.choice(SIDES)
     thing = source.things[number]
     axis, goal = "x" if side in ("left", "right") else "y", BOARD[0] if side in ("left", "top") else BOARD[-1]
-    target = _change(source, number, **{axis: goal}) if abs(goal - getattr(thing, axis)) >= FAR else None
+    target = _change(source, number, **{axis: goal}) if goal != getattr(thing, axis) else None
     said = f"move {_name(rng, source, number)} to the {side}"
     return target and Edit("move", said, source, target, number, number, side=side)
 

@@ -12,14 +12,14 @@ PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SH
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 SIDES = ("left", "right", "top", "bottom")
-PAD, START = 0, 1
+PAD = 0
 WORDS = (
-    "<pad>", "<start>", "a", "the", "and", "of", "on", "to", "with", "background",
+    "<pad>", "a", "the", "and", "of", "on", "to", "with", "background",
     "left", "right", "above", "below", "top", "bottom",
     "make", "replace", "add", "remove", "move", "change",
     *NUMBERS.values(), *COLOURS, *BACKGROUNDS, *SHAPES, *PLURALS.values(),
 )  # fmt: skip
-LENGTH, EDIT_LENGTH = 16, 10  # the longest caption and the longest instruction, with their start token
+LENGTH, EDIT_LENGTH = 15, 9  # words of the longest caption and the longest instruction
 _IDS = {word: place for place, word in enumerate(WORDS)}
 
 
@@ -56,18 +56,15 @@ class Prompt:
 
 
 def encode(text: str, length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them are real, both ``length``; padded on the right.
-
-    A start token comes first, so that the empty text, which stands for no condition, still has one token.
-    """
-    ids = [START]
+    """Token ids and which of them are real, both ``length``; padded on the right."""
+    ids = []
     for word in text.split():
         if word not in _IDS:
             near = difflib.get_close_matches(word, WORDS, n=1)
             raise ValueError(f"{word!r} is not in the vocabulary" + (f"; did you mean {near[0]!r}?" if near else ""))
         ids.append(_IDS[word])
     if len(ids) > length:
-        raise ValueError(f"{text!r} is {len(ids)} tokens with the start token, more than length={length}")
+        raise ValueError(f"{text!r} is {len(ids)} words, more than length={length}")
     tokens = torch.full((length,), PAD)
     tokens[: len(ids)] = torch.tensor(ids)
     return tokens, torch.arange(length) < len(ids)
@@ -81,4 +78,4 @@ def encode_many(texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]
 
 def decode(ids: Tensor) -> str:
     """The text of ``length`` token ids."""
-    return " ".join(WORDS[place] for place in ids.tolist() if place not in (PAD, START))
+    return " ".join(WORDS[place] for place in ids.tolist() if place != PAD)

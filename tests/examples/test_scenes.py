@@ -36,6 +36,7 @@ from examples.scenes import (
     example,
     masks,
     region,
+    scatter,
     score_edit,
     score_edits,
     score_prompt,
@@ -49,7 +50,7 @@ SPLITS = [(task, held_out) for task in TASKS for held_out in (False, True)]
 
 
 def degraded(images):
-    """About 25 dB away: blur, then noise."""
+    """22 to 27 dB away: blur, then noise."""
     noise = 0.09 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (gaussian_blur(images, 9, 1.5) + noise).clamp(-1, 1)
 
@@ -76,7 +77,7 @@ def test_the_right_picture_scores(task, held_out):
     assert share(score_prompts(images, prompts)) >= 0.99
     assert share(score_prompts(images, prompts, exact=True)) >= 0.99
     worse = degraded(images)
-    assert 23 < psnr(worse, images) < 27
+    assert 22 < psnr(worse, images) < 27
     assert share(score_prompts(worse, prompts)) >= 0.95
 
 
@@ -149,11 +150,14 @@ def test_a_partly_hidden_thing_is_still_itself():
 
 
 def test_overlap_is_limited():
-    for seed in range(500):
-        scene, _ = example(seed)
+    least = 1.0
+    for seed in range(200):
+        kinds = [("red", "circle"), ("blue", "square"), ("cyan", "star"), ("pink", "square"), ("green", "cross")]
+        scene = scatter(random.Random(seed), kinds, overlap=True)
         for thing, mask in zip(scene.things, masks(scene), strict=True):
             whole = masks(Scene((thing,), scene.background))[0].sum()
-            assert mask.sum() >= 0.75 * whole
+            least = min(least, (mask.sum() / whole).item())
+    assert 0.75 <= least < 1  # something is hidden, nothing much
 
 
 def test_training_never_sees_what_is_held_out():
@@ -170,7 +174,7 @@ def test_training_never_sees_what_is_held_out():
         for colour, shape in HELD_OUT:
             assert f"{colour} {shape}" not in f"{prompt.text} {edit.instruction}"
     assert len(kinds) == len(SHAPES) * len(COLOURS) - len(HELD_OUT)
-    assert words == set(WORDS) - {"<pad>", "<start>"}
+    assert words == set(WORDS) - {"<pad>"}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -243,11 +247,10 @@ def test_the_tokenizer_gives_the_words_back():
             assert (ids[~mask] == 0).all()
             longest[length] = max(longest[length], int(mask.sum()))
     assert all(length == seen for length, seen in longest.items())
-    assert encode("")[1].sum() == 1  # no condition is still one token
     with pytest.raises(ValueError, match="did you mean 'circle'"):
         encode("a red cirle")
     with pytest.raises(ValueError, match="more than length"):
-        encode("a red circle", length=3)
+        encode("a red circle", length=2)
 
 
 def test_a_misspelt_task_is_named():
