@@ -14,9 +14,7 @@ shard appears whole or not at all: a run that was killed goes on where it stoppe
 """
 
 import hashlib
-import io
 import json
-import os
 import sys
 from bisect import bisect
 from dataclasses import asdict, dataclass
@@ -28,18 +26,18 @@ import torch
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from PIL import Image, UnidentifiedImageError
+from checkpoints import changed, write_text, write_whole
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, open_table, read_image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sampling import load_vae
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from psvae import PSVAE, PixelVAE
 from psvae.errors import PSVAEError
 
-ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MANIFEST, NAMES, STATISTICS = (
     "manifest.json",
     "names.json",
@@ -88,20 +86,18 @@ class Images(Dataset):
     """
 
     def __init__(self, options: Options) -> None:
-        short = v2.Resize(options.size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
-        self.transform = v2.Compose([short, v2.CenterCrop(options.size), *scale])
+        self.transform = center_transform(options.size)
         self.table: Any = None
         self.left_out: set[int] = set()
         self.root = Path(options.data)
         if options.split is not None:
-            self.table = open_table(options)
+            self.table = open_images(options)
             self.follow([str(place) for place in range(len(self.table))])
             return
-        files = (path for path in self.root.rglob("*") if path.suffix.lower() in ENDINGS)
+        files = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
         self.follow(sorted(path.relative_to(self.root).as_posix() for path in files))
         if not self.names:
-            endings = ", ".join(sorted(ENDINGS))
+            endings = ", ".join(sorted(IMAGE_ENDINGS))
             raise SystemExit(f"{self.root} holds no images ({endings}); for a Hugging Face dataset name its --split")
 
     def follow(self, names: list[str]) -> None:
@@ -116,15 +112,14 @@ class Images(Dataset):
 
     def __getitem__(self, place: int) -> tuple[int, Tensor | str, int]:
         if self.table is None:
-            source, name, label = self.root / self.names[place], self.root / self.names[place], self.labels[place]
+            source, label = self.root / self.names[place], self.labels[place]
+            name = str(source)
         else:
             row = self.table[place]
-            raw = row["image"]["bytes"]
-            source, name = (io.BytesIO(raw) if raw else row["image"]["path"]), f"row {place}"
-            label = row.get("label", 0)
+            source, label, name = row["image"], row.get("label", 0), f"row {place}"
         try:
-            return place, self.transform(Image.open(source).convert("RGB")), label
-        except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return place, self.transform(read_image(source)), label
+        except UNREADABLE as error:
             return place, f"{name} cannot be read ({error})", label
 
 
@@ -138,12 +133,11 @@ def collate(items: list[tuple[int, Tensor | str, int]]) -> tuple[list[int], Tens
     return list(places), None if faults else torch.stack(images), torch.tensor(labels), faults  # type: ignore[arg-type]
 
 
-def open_table(options: Options) -> Any:
+def open_images(options: Options) -> Any:
     """The Hugging Face dataset with columns ``image``, undecoded, and ``label``, by number."""
-    from datasets import Image as ImageColumn
-    from datasets import load_dataset
+    import datasets
 
-    table = load_dataset(options.data, split=options.split)
+    table = open_table(options.data, options.split)
     wanted = {options.image_column: "image"} | ({options.label_column: "label"} if options.label_column else {})
     absent = [column for column in wanted if column not in table.column_names]
     if absent or not len(table):
@@ -151,7 +145,7 @@ def open_table(options: Options) -> Any:
             f"{options.data} has {len(table)} rows of columns {', '.join(table.column_names)}; wanted rows with "
             f"{' and '.join(wanted)}: see --image-column and --label-column (None where there are no classes)"
         )
-    table = table.select_columns(list(wanted)).rename_columns(wanted).cast_column("image", ImageColumn(decode=False))
+    table = table.select_columns(list(wanted)).rename_columns(wanted).cast_column("image", datasets.Image(decode=False))
     if options.label_column and table.features["label"].dtype == "string":
         table = table.class_encode_column("label")  # numbered in the order of the alphabet
     return table
@@ -163,14 +157,11 @@ class CachedLatents(Dataset):
     Args:
         flip: give the mirrored image's latents half of the time (LightningDiT's augmentation).
         normalise: (z − mean) / std with the folder's statistics.
-        draw: draw from the posterior anew each time; takes a folder written with --moments, and no ``flip``.
     """
 
-    def __init__(self, folder: str | Path, flip: bool = False, normalise: bool = False, draw: bool = False) -> None:
-        self.folder, self.flip, self.draw = Path(folder), flip, draw
+    def __init__(self, folder: str | Path, flip: bool = False, normalise: bool = False) -> None:
+        self.folder, self.flip = Path(folder), flip
         self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        if draw and (flip or not self.manifest["moments"]):
-            raise ValueError(f"draw takes the moments of the straight images: no flip, and --moments for {folder}")
         counts = [len(places) for places in shard_places(self.manifest)]
         self._ends = list(accumulate(counts))
         names = [shard_name(shard) for shard, count in enumerate(counts) if count]
@@ -196,11 +187,7 @@ class CachedLatents(Dataset):
     def __getitem__(self, place: int) -> tuple[Tensor, int]:
         file, row = self._find(place)
         mirrored = self.flip and bool(torch.rand(()) < 0.5)
-        if self.draw:
-            mean, logvar = self.moments(place)
-            latents = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        else:
-            latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
+        latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
         if self.statistics:
             latents = (latents.float() - self.statistics["mean"]) / self.statistics["std"]
         return latents, int(file.get_slice("labels")[row])
@@ -229,17 +216,6 @@ def shard_places(manifest: dict[str, Any]) -> list[list[int]]:
         [place for place in range(first, min(first + size, count)) if place not in left_out]
         for first in range(0, count, size)
     ]
-
-
-def load_vae(options: Options, device: torch.device) -> PSVAE | PixelVAE:
-    """Of the class that recognises the checkpoint; where none does, what each said."""
-    said = []
-    for cls in (PSVAE, PixelVAE):
-        try:
-            return cls.from_pretrained(options.vae, device=device, allow_pickle=options.allow_pickle)
-        except PSVAEError as error:
-            said.append(str(error))
-    raise SystemExit("\n".join(dict.fromkeys(said)))
 
 
 def manifest_of(options: Options, vae: PSVAE | PixelVAE, images: Images) -> dict[str, Any]:
@@ -285,9 +261,8 @@ def claim(folder: Path, manifest: dict[str, Any], images: Images) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in manifest if name != "left_out" and before.get(name) != manifest[name]]
-        if changed:
-            said = "; ".join(f"{name}: {before.get(name)!r} before, {manifest[name]!r} now" for name in changed)
+        said = changed(before | {"left_out": manifest["left_out"]}, manifest)
+        if said:
             raise SystemExit(f"{folder} holds latents of another run ({said}); choose another --output")
         pairs = zip(shard_places(before), shard_places(manifest), strict=True)
         stale = [n for n, (was, now) in enumerate(pairs) if was != now and (folder / shard_name(n)).exists()]
@@ -308,17 +283,6 @@ def claim(folder: Path, manifest: dict[str, Any], images: Images) -> None:
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Any) -> None:
-    """All of a file or nothing."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    write(staging)
-    os.replace(staging, path)
 
 
 @torch.no_grad()
@@ -410,7 +374,7 @@ def leave_out(images: Images, faults: list[Fault], folder: Path, accelerator: Ac
 
 def main(options: Options) -> None:
     accelerator = Accelerator()
-    vae, images = load_vae(options, accelerator.device), Images(options)
+    vae, images = load_vae(options.vae, accelerator.device, options.allow_pickle), Images(options)
     check(vae, options)
     if accelerator.is_main_process:
         resume(options.output, images)

@@ -1,16 +1,47 @@
-"""What a training run keeps on accelerate: checkpoints, written whole or not at all, averaged weights, its options, and
-the names of what it could not read."""
+"""What both trainings share on accelerate: its start, checkpoints, written whole or not at all, averaged weights, the
+learning rate, the options, and the names of what could not be read."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+
+def accelerator_for(options: Any, precision: str, **more: Any) -> Accelerator:
+    """By either training's options; ``more`` is Accelerator's.
+
+    Raises:
+        SystemExit: weights are to be averaged under FSDP.
+    """
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=options.accumulate,
+        log_with=None if options.tracker == "none" else options.tracker,
+        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "logs")),
+        **more,
+    )
+    if options.ema and accelerator.distributed_type == DistributedType.FSDP:
+        raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
+    kind = accelerator.distributed_type.value
+    accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
+    if options.tracker != "none":
+        accelerator.init_trackers("psvae")
+    return accelerator
+
+
+def learning_rate(options: Any, step: int, steps: int) -> float:
+    """A linear warm-up under a cosine from ``options.lr`` to its share ``final_lr``."""
+    cosine = options.final_lr + (1.0 - options.final_lr) * 0.5 * (1.0 + math.cos(math.pi * step / max(1, steps)))
+    return options.lr * cosine * min(1.0, (step + 1) / max(1, options.warmup))
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
@@ -28,13 +59,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
-def first_step(accelerator: Accelerator, folder: Path, resume: bool) -> int:
-    """The step to go on from: with ``resume`` that of the newest checkpoint, which is loaded; otherwise 0.
-
-    Raises:
-        SystemExit: there are checkpoints, and they are not to be resumed.
-    """
-    refuse_to_start_over(folder, resume)
+def first_step(accelerator: Accelerator, folder: Path) -> int:
+    """The step to go on from: that of the newest checkpoint, which is loaded, or 0 where there is none."""
     found = sorted(folder.glob("step*"))
     if not found:
         return 0
@@ -76,11 +102,21 @@ def read_names(file: Path) -> set[str]:
 
 
 def write_text(file: Path, text: str) -> None:
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """All of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    write(partial)
     partial.replace(file)
+
+
+def changed(before: dict[str, Any], asked: dict[str, Any]) -> str:
+    """What was otherwise before, in words; empty where nothing was."""
+    found = [(name, before.get(name), value) for name, value in asked.items() if before.get(name) != value]
+    return "; ".join(f"{name}: {was!r} before, {now!r} now" for name, was, now in found)
 
 
 def mean_of(accelerator: Accelerator, numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -89,6 +125,20 @@ def mean_of(accelerator: Accelerator, numbers: dict[str, Tensor]) -> dict[str, f
         return {}
     values = torch.stack([value.detach().float() for value in numbers.values()])
     return dict(zip(numbers, accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
+def averaged(accelerator: Accelerator, model: nn.Module, ema: "Ema | None", plain: Callable[[], Any]) -> Any:
+    """The plain model with the averaged weights (all weights, gathered where they are sharded)."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if ema is not None:
+        state = {**state, **ema.named(accelerator.unwrap_model(model))}
+    with torch.device("meta"):
+        made = plain()
+    made.load_state_dict(state, assign=True)
+    for module in made.modules():
+        if hasattr(module, "_fill_constant_buffers"):  # which no checkpoint holds
+            module._fill_constant_buffers(accelerator.device)
+    return made.to(accelerator.device).eval()
 
 
 class Ema:

@@ -130,6 +130,8 @@ def read_image(content: Any) -> Image.Image:
     """A PIL image from a path, bytes, a {bytes, path} record or an opened image."""
     if isinstance(content, dict):
         content = content["bytes"] if content.get("bytes") is not None else content["path"]
+    if content is None:
+        raise ValueError("no picture")
     if isinstance(content, bytes):
         content = io.BytesIO(content)
     image = content if isinstance(content, Image.Image) else Image.open(content)
@@ -207,20 +209,25 @@ class Order(Sampler):
             position += self.world
 
 
+def share_of(start: int, batch_size: int, rank: int, world: int) -> tuple[int, int, int]:
+    """(reader, readers, given) of this loader process: the stream has ``readers``, of which it is one, and it gave that
+    many items before batch number ``start``."""
+    info = get_worker_info()
+    workers = info.num_workers if info else 1
+    role = ((info.id if info else 0) + start) % workers  # batch k comes from worker k mod workers
+    given = (start - role + workers - 1) // workers * batch_size
+    return rank * workers + role, world * workers, given
+
+
 class _Stream(IterableDataset):
     """A stream that is read in order; to continue, each loader process passes over what it gave before."""
 
     def __init__(self, options: DataOptions, batch_size: int, seed: int, rank: int, world: int, start: int) -> None:
-        self.options, self.batch_size, self.seed = options, batch_size, seed
-        self.rank, self.world, self.start = rank, world, start
+        self.options, self.seed, self.share = options, seed, (start, batch_size, rank, world)
         self.workers = min(options.workers, _shards(options) // world)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
-        info = get_worker_info()
-        workers = info.num_workers if info else 1
-        role = ((info.id if info else 0) + self.start) % workers  # batch k comes from worker k mod workers
-        given = (self.start - role + workers - 1) // workers * self.batch_size
-        reader, readers = self.rank * workers + role, self.world * workers
+        reader, readers, given = share_of(*self.share)
         transform = training_transform(self.options)
         readable = 0
         unreadable: list[str] = []

@@ -57,7 +57,7 @@ def main(options: Options) -> None:
     else:
         remove_earlier(options.output, options.images)
     for job in share(jobs, accelerator):
-        write(job, sampler([job.text] * options.images, [(job.place, number) for number in range(options.images)]))
+        write(job, sampler([job.text], [(job.place, number) for number in range(options.images)]))
     accelerator.wait_for_everyone()
 
 

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 from cache_latents import CachedLatents
-from data import UNREADABLE, Order, center_transform, open_table, read_image, shard_samples, tar_files
+from checkpoints import changed
+from data import UNREADABLE, Order, center_transform, open_table, read_image, shard_samples, share_of, tar_files
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from psvae import DiagonalGaussian
 
@@ -41,15 +42,11 @@ class PairOptions:
     """Folder of cache_latents.py, row by row those of `image`, read in its place (Hugging Face datasets). Written with
     `--moments`, they are drawn anew each time, as of pictures; without, always the same draw."""
     source_latents: Path | None = None
-    """The same for `source`; takes a folder written with `--moments`, for a source is its posterior's mean."""
+    """The same for `source`, which is named too; written with `--moments`, for a source is its posterior's mean."""
     size: int = 256
     """Side of the centre crop, in pixels."""
     workers: int = 4
     """Loader processes on each training process; 0 loads in the training process itself."""
-
-    @property
-    def has_source(self) -> bool:
-        return self.source is not None or self.source_latents is not None
 
 
 @dataclass
@@ -105,8 +102,8 @@ class Table(Dataset):
     def __init__(self, options: PairOptions) -> None:
         self.options, self.crop = options, center_transform(options.size)
         self.rows = open_rows(options)
-        self.latents = Cache.open(options.latents, len(self.rows))
-        self.source_latents = Cache.open(options.source_latents, len(self.rows))
+        self.latents = Cache.open(options.latents, options.split, options.image, len(self.rows))
+        self.source_latents = Cache.open(options.source_latents, options.split, options.source, len(self.rows))
         if self.source_latents is not None and not self.source_latents.has_moments:
             raise SystemExit(
                 f"{options.source_latents} holds draws of the posterior, and a source is its mean, which "
@@ -133,7 +130,7 @@ class Table(Dataset):
         if self.latents is not None and self.latents.has_moments:
             item["moments"] = self.latents.moments(row)
         elif self.latents is not None:
-            item["latents"] = self.latents.draw(row)
+            item["latents"] = self.latents.stored(row)
         else:
             item["image"] = self.crop(read_image(content[options.image]))
         if self.source_latents is not None:
@@ -147,16 +144,11 @@ class Shards(IterableDataset):
     """Samples of webdataset shards; to continue, each loader process passes over what it gave before."""
 
     def __init__(self, options: PairOptions, batch_size: int, seed: int, rank: int, world: int, start: int) -> None:
-        self.options, self.batch_size, self.seed = options, batch_size, seed
-        self.rank, self.world, self.start = rank, world, start
+        self.options, self.seed, self.share = options, seed, (start, batch_size, rank, world)
         self.workers = min(options.workers, len(tar_files(options.path)) // world)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        workers = info.num_workers if info else 1
-        role = ((info.id if info else 0) + self.start) % workers  # batch k comes from worker k mod workers
-        given = (self.start - role + workers - 1) // workers * self.batch_size
-        reader, readers = self.rank * workers + role, self.world * workers
+        reader, readers, given = share_of(*self.share)
         crop, readable = center_transform(self.options.size), 0
         unreadable: list[str] = []
         for epoch in itertools.count():
@@ -212,16 +204,17 @@ class Cache:
         has_moments: whether mean and log-variance are there.
     """
 
-    def __init__(self, latents: CachedLatents, left_out: list[int]) -> None:
-        self.latents, self.left_out = latents, left_out
+    def __init__(self, latents: CachedLatents) -> None:
+        self.latents = latents
+        self.left_out: list[int] = sorted(latents.manifest["left_out"])
         self.has_moments: bool = latents.manifest["moments"]
 
     @classmethod
-    def open(cls, folder: Path | None, rows: int) -> "Cache | None":
-        """Of as many rows.
+    def open(cls, folder: Path | None, split: str, column: str | None, rows: int) -> "Cache | None":
+        """Of that column's pictures.
 
         Raises:
-            SystemExit: not a finished folder of cache_latents.py, or of another table.
+            SystemExit: not a finished folder of cache_latents.py, or of other pictures.
         """
         if folder is None:
             return None
@@ -229,13 +222,12 @@ class Cache:
             cached = CachedLatents(folder)
         except FileNotFoundError as error:
             raise SystemExit(f"{folder} holds no latents of cache_latents.py: {error}") from error
-        of_table = cached.manifest["split"] is not None  # else of files: removed ones are not in our table either
-        left_out = sorted(cached.manifest["left_out"]) if of_table else []
-        if len(cached) + len(left_out) != rows:
-            raise SystemExit(f"{folder} is of {len(cached) + len(left_out)} rows, the data has {rows}; wanted as many")
-        return cls(cached, left_out)
+        said = changed(cached.manifest, {"split": split, "image_column": column, "count": rows})
+        if said:
+            raise SystemExit(f"{folder} holds latents of other pictures than the data's ({said})")
+        return cls(cached)
 
-    def draw(self, row: int) -> Tensor:
+    def stored(self, row: int) -> Tensor:
         """``Z h w``, always the same."""
         return self.latents[self._place(row)][0]
 
@@ -273,7 +265,8 @@ def text_of(content: dict[str, Any], name: str) -> str:
     column, _, field = name.partition(":")
     value = content[column]
     if field:
-        value = (json.loads(value) if isinstance(value, str | bytes) else value).get(field)
+        value = json.loads(value) if isinstance(value, str | bytes) else value
+        value = value.get(field) if isinstance(value, dict) else None
     if isinstance(value, list) and value:
         value = value[0]
     text = value.decode() if isinstance(value, bytes) else value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from checkpoints import write_text
+from checkpoints import changed, write_text, write_whole
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -79,7 +79,8 @@ class Sampler:
         """Pictures ``B 3 H W`` in [-1, 1], on the CPU.
 
         Args:
-            places: (prompt, number) of each picture; its noise depends on them and the seed alone.
+            places: (prompt, number) of each picture, as many for each text; its noise depends on them and the seed
+                alone.
             sources: ``B 3 H W`` in [-1, 1], to edit; the pictures are of their size.
         """
         ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
@@ -90,6 +91,7 @@ class Sampler:
                 source_latents = scale_latents(self.vae, posterior.mode()).to(self.dtype)
             shape = source_latents.shape[1:]
         prefixes = branches(self.model, self.guidance, ids, mask, source_latents)
+        prefixes = {name: prefix.repeat_interleave(len(places) // len(texts)) for name, prefix in prefixes.items()}
         velocity = flow.guided(self.model, prefixes, self.guidance)
         latents = flow.sample(velocity, self._noise(places, shape), self.sigmas, solver=self.options.solver)
         return decode(self.vae, latents.float()).cpu()
@@ -135,12 +137,12 @@ class Tokenizer:
         self.tokenizer.save_pretrained(model / TOKENIZER)
 
 
-def load_vae(name: str, device: torch.device) -> PSVAE | PixelVAE:
+def load_vae(name: str, device: torch.device, allow_pickle: bool = False) -> PSVAE | PixelVAE:
     """Frozen, of the class that recognises the checkpoint; where none does, what each said."""
     said = []
     for cls in (PSVAE, PixelVAE):
         try:
-            return cls.from_pretrained(name).to(device).requires_grad_(False)
+            return cls.from_pretrained(name, device=device, allow_pickle=allow_pickle).requires_grad_(False)
         except PSVAEError as error:
             said.append(str(error))
     raise SystemExit("; ".join(dict.fromkeys(said)))
@@ -232,9 +234,8 @@ def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> N
         except ValueError as error:
             said = f"{beside}, which says of what options the pictures in {output} are, cannot be read ({error})"
             raise SystemExit(f"{said}; choose another --output") from error
-        changed = [name for name, value in asked.items() if before.get(name) != value]
-        if changed:
-            said = "; ".join(f"{name}: {before.get(name)!r} before, {asked[name]!r} now" for name in changed)
+        said = changed(before, asked)
+        if said:
             raise SystemExit(f"{output} holds pictures of another run, see {beside} ({said}); choose another --output")
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
@@ -252,8 +253,5 @@ def asked_for(options: SamplingOptions) -> dict[str, Any]:
 
 def save_image(image: Tensor, path: Path) -> None:
     """``3 H W`` in [-1, 1] as a PNG, whole or not at all; no evaluator takes the half-written one for a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (image.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).numpy()
-    partial = path.with_name(f".{path.name}")
-    Image.fromarray(pixels).save(partial, format="PNG")
-    partial.replace(path)
+    write_whole(path, lambda partial: Image.fromarray(pixels).save(partial, format="PNG"))

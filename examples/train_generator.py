@@ -9,7 +9,6 @@ One file for one CPU, one GPU, DDP and FSDP: `accelerate config` chooses. `--res
 """
 
 import json
-import math
 import shlex
 import sys
 import zlib
@@ -21,11 +20,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
 from cache_latents import CachedLatents
 from checkpoints import (
     Ema,
+    accelerator_for,
+    averaged,
     first_step,
+    learning_rate,
     mean_of,
     read_names,
     refuse_to_start_over,
@@ -36,7 +37,6 @@ from checkpoints import (
 from pairs import Batches, PairOptions, Pairs, pair_batches
 from sampling import Tokenizer, branches, check_generator, decode, load_vae, plain_errors, scale_latents
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -170,7 +170,7 @@ class Training:
     def run(self) -> None:
         options, accelerator = self.options, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.step = first_step(accelerator, self.checkpoints, options.resume)
+        self.step = first_step(accelerator, self.checkpoints)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")
@@ -185,9 +185,9 @@ class Training:
             if self.step % options.log_every == 0:
                 numbers = mean_of(accelerator, {"loss": loss})
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}")
-                accelerator.log(numbers | {"lr": self._lr()}, step=self.step)
+                accelerator.log(numbers | {"lr": learning_rate(options, self.step, options.steps)}, step=self.step)
             if self.step % options.sample_every == 0 and self.step < options.steps:
-                self._sample(shown, self.averaged())
+                self._sample(shown, self._averaged())
             if self.step % options.checkpoint_every == 0 and self.step < options.steps:
                 write_names(accelerator, self.unreadable, options.output / "unreadable.txt")
                 save_checkpoint(accelerator, self.checkpoints, self.step, options.keep_checkpoints)
@@ -199,7 +199,7 @@ class Training:
         run repeats them."""
         options, accelerator = self.options, self.accelerator
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr()
+            group["lr"] = learning_rate(options, self.step, options.steps)
         total = torch.zeros((), device=accelerator.device)
         for part in range(options.accumulate):
             pairs = next(stream)
@@ -265,20 +265,8 @@ class Training:
         tokens = latents.shape[2] * latents.shape[3] // patch**2
         return flow.dimension_shift(self.config.in_channels, patch, tokens)
 
-    def _lr(self) -> float:
-        options, progress = self.options, self.step / max(1, self.options.steps)
-        cosine = options.final_lr + (1.0 - options.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return options.lr * cosine * min(1.0, (self.step + 1) / max(1, options.warmup))
-
-    def averaged(self) -> DeepFusionDiT:
-        """The plain model with the averaged weights (all weights, gathered where they are sharded)."""
-        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-        if self.ema is not None:
-            state = {**state, **self.ema.named(self.accelerator.unwrap_model(self.model))}
-        with torch.device("meta"):
-            plain = DeepFusionDiT(self.config)
-        plain.load_state_dict(state, assign=True)
-        return plain.to(self.accelerator.device).eval()
+    def _averaged(self) -> DeepFusionDiT:
+        return averaged(self.accelerator, self.model, self.ema, lambda: DeepFusionDiT(self.config))
 
     @torch.no_grad()
     def _sample(self, pairs: Pairs, model: DeepFusionDiT) -> None:
@@ -301,7 +289,7 @@ class Training:
         path.with_suffix(".txt").write_text("\n".join(pairs.texts) + "\n", encoding="utf-8")
 
     def _finish(self, shown: Pairs) -> None:
-        model, output = self.averaged(), self.options.output
+        model, output = self._averaged(), self.options.output
         self._sample(shown, model)
         names = write_names(self.accelerator, self.unreadable, output / "unreadable.txt")
         if self.accelerator.is_main_process:
@@ -313,19 +301,7 @@ class Training:
 
 def make_accelerator(options: TrainingOptions) -> Accelerator:
     refuse_to_start_over(options.output / "checkpoints", options.resume)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.accumulate,
-        log_with=None if options.tracker == "none" else options.tracker,
-        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "logs")),
-    )
-    if options.ema and accelerator.distributed_type == DistributedType.FSDP:
-        raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
-    kind, precision = accelerator.distributed_type.value, options.mixed_precision
-    accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
-    if options.tracker != "none":
-        accelerator.init_trackers("psvae")
-    return accelerator
+    return accelerator_for(options, options.mixed_precision)
 
 
 def build_model(options: Options, vae: PSVAE | PixelVAE) -> DeepFusionDiT:
@@ -341,7 +317,7 @@ def build_model(options: Options, vae: PSVAE | PixelVAE) -> DeepFusionDiT:
         else:
             model = DeepFusionDiT.from_llm(options.llm, **fields)
     check_generator(model.config, seen_shape(options.data, vae))
-    if options.data.has_source and not model.config.max_source_images:
+    if options.data.source is not None and not model.config.max_source_images:
         raise SystemExit("the data has source pictures; the model's max_source_images is 0")
     return model
 

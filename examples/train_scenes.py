@@ -66,8 +66,8 @@ class Options:
     compile: bool = True
     """`torch.compile` the generator; needs a C++ compiler."""
     tokenizer_steps: int = 1800
-    image_steps: int = 7000
-    edit_steps: int = 3000
+    image_steps: int = 5500
+    edit_steps: int = 6000
     image_pairs: int = 24_000
     """Pictures and captions to train on, each seen several times."""
     edit_pairs: int = 12_000

@@ -12,7 +12,6 @@ One file for one CPU, one GPU, DDP and FSDP: `accelerate config` chooses. `--res
 
 import copy
 import json
-import math
 import shlex
 import sys
 import zlib
@@ -23,22 +22,25 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from checkpoints import (
     Ema,
+    accelerator_for,
+    averaged,
     first_step,
+    learning_rate,
     mean_of,
     read_names,
     refuse_to_start_over,
     save_checkpoint,
     write_names,
     write_options,
+    write_text,
 )
 from data import DataOptions, batches, validation_images
 from measures import fast_precision, measure
 from pictures import save_samples
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 
 from psvae import PSVAE, PSVAEConfig, SemanticEncoder, fit_latent_statistics, losses
@@ -141,24 +143,11 @@ def main(options: Options) -> dict[str, dict[str, float]]:
     precision = options.mixed_precision
     if precision == "auto":
         precision = fast_precision(build_model(options, stages[0]), options.batch_size, options.data.size)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        gradient_accumulation_steps=options.accumulate,
-        log_with=None if options.tracker == "none" else options.tracker,
-        project_config=ProjectConfiguration(str(options.output), logging_dir=str(options.output / "logs")),
-        # P-VAE leaves the semantic decoder without a gradient
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=not options.losses.semantic, broadcast_buffers=False)
-        ],
-    )
-    if options.ema and accelerator.distributed_type == DistributedType.FSDP:
-        raise SystemExit("averaged weights are not sharded: pass --ema 0 under FSDP")
+    # P-VAE leaves the semantic decoder without a gradient
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not options.losses.semantic, broadcast_buffers=False)
+    accelerator = accelerator_for(options, precision, kwargs_handlers=[ddp])
     if options.losses.adversarial and accelerator.distributed_type == DistributedType.FSDP:
         raise SystemExit("LDM's adaptive weight needs the whole last layer: pass --losses.adversarial 0 under FSDP")
-    kind = accelerator.distributed_type.value
-    accelerator.print(f"{accelerator.num_processes} process(es), {kind}, {accelerator.device}, precision {precision}")
-    if options.tracker != "none":
-        accelerator.init_trackers("psvae")
     measures = {f"stage{stage}": Stage(options, stage, accelerator).run() for stage in stages}
     accelerator.end_training()
     return measures
@@ -182,7 +171,7 @@ class Stage:
             return json.loads(done.read_text())
         self._build()
         checkpoints = self.folder / "checkpoints"
-        self.step = first_step(accelerator, checkpoints, options.resume)
+        self.step = first_step(accelerator, checkpoints)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"stage {self.stage} continues from step {self.step}")
@@ -250,7 +239,7 @@ class Stage:
         options, accelerator = self.options, self.accelerator
         for optimizer in [self.optimizer] if self.discriminator is None else [self.optimizer, self.adversary]:
             for group in optimizer.param_groups:
-                group["lr"] = self._lr()
+                group["lr"] = learning_rate(options, self.step, self.steps)
         means: dict[str, Tensor] = {}
         for part in range(options.accumulate):
             batch = next(stream)
@@ -324,21 +313,8 @@ class Stage:
     def _adversary_counts(self) -> bool:
         return self.discriminator is not None and self.step + 1 >= self.options.losses.adversarial_start
 
-    def _lr(self) -> float:
-        options, progress = self.options, self.step / max(1, self.steps)
-        cosine = options.final_lr + (1.0 - options.final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        return options.lr * cosine * min(1.0, (self.step + 1) / max(1, options.warmup))
-
     def _averaged(self) -> Any:
-        """The plain model with the averaged weights (all weights, gathered where they are sharded)."""
-        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-        if self.ema is not None:
-            state = {**state, **self.ema.named(self.accelerator.unwrap_model(self.model))}
-        with torch.device("meta"):
-            plain = PSVAE(self.config)
-        plain.load_state_dict(state, assign=True)
-        plain.encoder._fill_constant_buffers(self.accelerator.device)
-        return plain.to(self.accelerator.device).eval()
+        return averaged(self.accelerator, self.model, self.ema, lambda: PSVAE(self.config))
 
     def _sample(self) -> None:
         model = self._averaged()
@@ -365,9 +341,7 @@ class Stage:
             where = "" if options.validation or options.validation_split else ", on training images"
             card = {f"{name}{where}": value for name, value in numbers.items()}
             model.save_pretrained(self.folder, training_command=shlex.join(["python", *sys.argv]), metrics=card)
-            partial = self.folder / "metrics.json.partial"
-            partial.write_text(json.dumps(numbers, indent=2))
-            partial.rename(self.folder / "metrics.json")
+            write_text(self.folder / "metrics.json", json.dumps(numbers, indent=2))
         accelerator.print(f"stage {self.stage}: " + ", ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         names = write_names(accelerator, self.unreadable, self.folder / "unreadable.txt")
         if names and accelerator.is_main_process:

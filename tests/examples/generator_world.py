@@ -103,12 +103,12 @@ def tiny_generator(**fields):
 
 
 def make_table(file, **columns):
-    """Parquet: bytes are pictures, the rest is as it comes."""
+    """Parquet: bytes are pictures, or None among them; the rest is as it comes."""
     import datasets
 
     pictures = [name for name, values in columns.items() if isinstance(values[0], bytes)]
     rows = {
-        name: [{"bytes": value, "path": None} for value in values] if name in pictures else values
+        name: [value and {"bytes": value, "path": None} for value in values] if name in pictures else values
         for name, values in columns.items()
     }
     table = datasets.Dataset.from_dict(rows)

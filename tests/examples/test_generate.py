@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from psvae import DeepFusionDiT
 from tests.examples.generator_world import (
     SIZE,
     command,
@@ -105,6 +106,17 @@ def test_one_prompt(world, tmp_path):
     assert len(contents(make(generate, world, tmp_path / "two", prompt="a red dog", images=2))) == 2
     make(generate, world, tmp_path, prompt="a red dog", images=1)
     assert [path.name for path in tmp_path.glob("*.png")] == ["0000.png"]  # none of another prompt stays
+
+
+def test_a_prompt_is_read_once_for_all_its_pictures(world, tmp_path, monkeypatch):
+    read, encode = [], DeepFusionDiT.encode_prefix
+    monkeypatch.setattr(
+        DeepFusionDiT, "encode_prefix", lambda model, ids, *more, **named: (
+            read.append(len(ids)), encode(model, ids, *more, **named)
+        )[1],
+    )  # fmt: skip
+    make(generate, world, tmp_path, prompt="a red dog")
+    assert read == [1]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""What the benchmarks share: a row of one repetition, and a file that a crash does not lose."""
+"""What the benchmarks share: a row of one repetition, and a file that a crash does not lose; the generator's run."""
 
 import importlib
 import json
+import math
 import sys
 
 import pytest
+import torch
 
 from tests.examples.generator_world import REPOSITORY
 
@@ -40,3 +42,23 @@ def test_rows_before_a_crash_are_kept(measure, tmp_path, capsys):
     assert record["machine"]["cpu"]
     assert [file.name for file in path.parent.iterdir()] == ["rows.json"]
     assert "second: 2 s" in capsys.readouterr().out
+
+
+GROUPS = {"cache": 3, "peer": 2, "attention": 1, "guidance": 2, "compile": 1, "training": 3}
+OPT_IN = {"compile": pytest.mark.compile, "training": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("group", [pytest.param(group, marks=OPT_IN.get(group, ())) for group in GROUPS])
+def test_the_generator_is_measured(group, monkeypatch, tmp_path):
+    """Each group in small: what its rows say depends on the machine."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))  # for the processes that it starts, too
+    generator = importlib.import_module("generator")
+    options = generator.Options(
+        json=tmp_path / "rows.json", only=(group,), preset="tiny", dtypes=("fp32",), batches=(1,), cases=("edit",),
+        repetitions=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        generator.main(options)
+    rows = json.loads(options.json.read_text())["rows"]
+    assert len(rows) >= GROUPS[group]
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)

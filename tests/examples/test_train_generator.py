@@ -252,7 +252,10 @@ def cached_triples(world, root, contents, **more):
 
 @pytest.fixture(scope="module")
 def triples(world, tmp_path_factory):
-    contents = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
+    contents = {  # no squares: what is cached is resampled and cropped as what is not
+        side: [png(first + row, SIZE + 40 + row, SIZE + 49) for row in range(7)]
+        for side, first in (("image", 0), ("source", 100))
+    }
     return cached_triples(world, tmp_path_factory.mktemp("cached"), contents, moments=True)
 
 
@@ -288,7 +291,7 @@ def test_a_cache_without_moments_gives_one_draw_and_no_source(world, tmp_path):
 
 def test_rows_that_could_not_be_cached_are_passed_over_and_named(world, tmp_path):
     contents = {"image": [png(row) for row in range(7)], "source": [png(100 + row) for row in range(7)]}
-    contents["image"][4], contents["source"][1] = b"no picture", b"no picture"
+    contents["image"][4], contents["source"][1] = b"no picture", None
     _, cached = cached_triples(world, tmp_path, contents, moments=True)
     train(world, tmp_path / "trained", data=cached)
     assert (tmp_path / "trained" / "unreadable.txt").read_text() == "row 1: NotCached\nrow 4: NotCached\n"
@@ -302,10 +305,27 @@ def test_rows_that_could_not_be_cached_are_passed_over_and_named(world, tmp_path
                 assert_close([found], [vae.encode(transform(picture)[None]).latent_dist.mean])
 
 
-def test_a_cache_of_another_table_is_refused(world, tmp_path, triples):
+def test_a_cache_of_other_pictures_is_refused(world, tmp_path, triples):
     make_table(tmp_path / "short" / "train-0.parquet", text=CAPTIONS[:5], image=[png(row) for row in range(5)])
-    with pytest.raises(SystemExit, match="image_latents is of 7 rows, the data has 5; wanted as many"):
-        pairs.pair_batches(data_options(tmp_path, "short", latents=triples[1].latents))
+    _, cached = triples
+    said = r"image_latents holds latents of other pictures than the data's \(count: 7 before, 5 now\)"
+    with pytest.raises(SystemExit, match=said):
+        pairs.pair_batches(data_options(tmp_path, "short", latents=cached.latents))
+    swapped = {"latents": cached.source_latents, "source_latents": cached.latents}
+    with pytest.raises(SystemExit, match=r"source_latents .* \(image_column: 'source' before, 'image' now\)"):
+        pairs.pair_batches(dataclasses.replace(cached, **swapped))
+    with pytest.raises(SystemExit, match=r"source_latents .* \(image_column: 'source' before, None now\)"):
+        pairs.pair_batches(dataclasses.replace(cached, source=None))
+
+
+def test_a_cache_of_files_is_refused(world, tmp_path):
+    """Their order need not be the table's."""
+    cache = script("cache_latents")
+    fresh_accelerator()
+    files = (str(world / "vae"), str(world / "pictures"), tmp_path)
+    cache.main(cache.Options(*files, size=SIZE, workers=0))
+    with pytest.raises(SystemExit, match=r"\(split: None before, 'train' now\)"):
+        pairs.pair_batches(data_options(world, "pictures", latents=tmp_path))
 
 
 def test_a_pixel_vae_s_latents_are_scaled_cached_or_not(tmp_path):
@@ -475,12 +495,13 @@ def test_a_later_start_gives_the_same_rows(world, source, workers):
 
 
 def test_rows_that_cannot_be_read_are_passed_over_and_named(world, tmp_path):
-    contents = [b"no picture", *(png(row) for row in range(1, 7))]
-    texts = ["a red dog", " ", *CAPTIONS[2:7]]
+    contents = [b"no picture", png(1), None, *(png(row) for row in range(3, 8))]
+    texts = [json.dumps({"caption": text}) for text in ["a red dog", " ", *CAPTIONS[2:]]]
+    texts[3:5] = "null", "[1]"
     make_table(tmp_path / "broken" / "train-0.parquet", image=contents, text=texts)
-    train(world, tmp_path / "trained", data=data_options(tmp_path, "broken"))
+    train(world, tmp_path / "trained", data=data_options(tmp_path, "broken", text="text:caption"))
     lines = (tmp_path / "trained" / "unreadable.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in lines] == ["row 0", "row 1"]
+    assert [line.split(":")[0] for line in lines] == [f"row {row}" for row in range(5)]
 
 
 def test_a_resumed_run_names_what_was_unreadable_before(tmp_path):
@@ -589,4 +610,4 @@ def test_the_documented_training_is_the_paper_s():
     assert (first.steps, then.steps) == (200_000, 50_000)
     assert first.llm == "Qwen/Qwen2.5-0.5B"
     assert then.init == first.output / "model"
-    assert (then.data.has_source, first.data.has_source) == (True, False)
+    assert (then.data.source, first.data.source) == ("src_img", None)

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from psvae import PSVAE, DeepFusionDiT
-from tests.examples.generator_world import command, environment, run
+from tests.examples.generator_world import command, environment, run, script
 
 TINY = ("--share", "0.001", "--no-compile", "--prompts", "2", "--edits", "1", "--sampling-steps", "2")
 
@@ -42,5 +44,21 @@ def test_trains_scores_and_resumes(tmp_path):
         env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert refused.returncode
-    assert "seed 0, now 1" in refused.stderr
+    assert "(seed: 0 before, 1 now)" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_kill_leaves_no_half_written_options(tmp_path, monkeypatch):
+    scenes = script("train_scenes")
+
+    def killed(file, text, **_):
+        file.write_bytes(text[:9].encode())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            scenes.claim(scenes.Options(output=tmp_path))
+    scenes.claim(scenes.Options(output=tmp_path, resume=True))
+    with pytest.raises(SystemExit, match=r"\(seed: 0 before, 1 now\)"):
+        scenes.claim(scenes.Options(output=tmp_path, resume=True, seed=1))
