@@ -2,8 +2,8 @@
 
 The paper's smaller generator (0.5B, its wide head included) on latents 96 x 16 x 16, random weights. Timings are
 ratios within this run, both sides in turns; "x" counts how many times as fast ours is, so above 1 is in its favour.
-An image is 50 steps: unless ``--images`` runs them, its time is that of the prefix plus 50 times that of a step. No
-guidance, which multiplies both sides of a ratio; it has a group of its own.
+An image is 50 steps: unless ``--images`` runs them, its time is that of the prefix plus 50 times that of a step.
+Without guidance, which has a group of its own: its unconditional branch has no prefix, so nothing to save.
 """
 
 import itertools
@@ -344,7 +344,7 @@ def omnigen_inputs(input_ids: Tensor) -> dict:
 
 
 def training_step(model: DeepFusionDiT, batch: int, dtype: torch.dtype, *, checkpointing: bool) -> None:
-    model.gradient_checkpointing = checkpointing
+    (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
     inputs = SHORT.inputs(model, batch, torch.float32)
     x, noisy, sigmas = *(noise(model.config, batch, torch.float32) for _ in range(2)), flow.sample_sigmas(batch)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from psvae.errors import ConfigError
 
-__all__ = ["Config"]
+__all__ = ["Config", "one_of"]
 
 LARGEST = 2**31 - 1  # of whole numbers: no size of a tensor is larger
 
@@ -67,6 +67,16 @@ class Config:
             hint = f"did you mean {near[0]!r}?" if near else f"valid fields: {', '.join(known)}"
             raise ConfigError(f"{cls.__name__} has no field {unknown[0]!r}; {hint}")
         return cls(**values)
+
+
+def one_of(name: str, value: Any, options: Any) -> None:
+    """Require a choice that a `Literal` lists, where it is an argument and no field.
+
+    Raises:
+        ConfigError: another value.
+    """
+    if value not in typing.get_args(options):
+        raise ConfigError(f"{name} is {value!r}; wanted {' or '.join(map(repr, typing.get_args(options)))}")
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,9 @@
 ``Z``    latent channels
 ``T``    text length
 ``L``    layers
+``P``    keys that queries look at, such as a prefix
+``kv``   heads of keys and values
+``d``    width of a head
 =======  ==========================================================
 
 Images are in [-1, 1] at every public boundary. Annotations with these letters are enforced while the
@@ -70,7 +73,7 @@ def readable(x: Tensor) -> bool:
 
 
 def check_dtype(x: Tensor, reader: nn.Module, what: str) -> None:
-    """Refuse half precision for float32 weights, unless autocast converts.
+    """Refuse half precision for float32 weights, unless autocast converts; and float64 for less, which it leaves alone.
 
     Any other mixture is left to PyTorch: layers may be quantised, or cast by hooks as they are called.
 
@@ -78,13 +81,19 @@ def check_dtype(x: Tensor, reader: nn.Module, what: str) -> None:
         reader: the layer that takes ``x`` first.
 
     Raises:
-        DtypeError: ``x`` is float16 or bfloat16 and the weights are float32.
+        DtypeError: ``x`` is float16 or bfloat16 and the weights are float32, or ``x`` float64 and they are not.
     """
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return
+    half = (torch.float16, torch.bfloat16)
     weight, place = getattr(reader, "weight", None), x.device.type
+    if x.dtype not in (*half, torch.float64) or not isinstance(weight, Tensor):
+        return
+    if x.dtype == torch.float64 and weight.dtype in (*half, torch.float32):
+        raise DtypeError(
+            f"{what} have dtype {x.dtype} and the weights {weight.dtype}; wanted one dtype: convert the {what} with "
+            f".to({weight.dtype})"
+        )
     cast = place != "meta" and torch.is_autocast_enabled(place)
-    if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not cast:
+    if x.dtype in half and weight.dtype == torch.float32 and not cast:
         raise DtypeError(
             f"{what} have dtype {x.dtype} and the weights {weight.dtype}; wanted one dtype: convert the model with "
             f".to({x.dtype}), or the {what} with .float(), or run under torch.autocast"

@@ -7,7 +7,7 @@ a model and its prefixes, `from_sit` and `from_jit` of networks with other conve
 Nothing is broadcast: latents, noise and velocities have one shape, σ one number for each item.
 """
 
-from psvae.flow.guidance import Guidance, Output, Prefix, classifier_free, dual_guidance, guided, renormalise
+from psvae.flow.guidance import Guidance, classifier_free, dual_guidance, guided, renormalise
 from psvae.flow.paths import (
     Velocity,
     add_noise,
@@ -24,8 +24,6 @@ from psvae.flow.sigmas import dimension_shift, sample_sigmas, shift_sigmas, sigm
 
 __all__ = [
     "Guidance",
-    "Output",
-    "Prefix",
     "Velocity",
     "add_noise",
     "classifier_free",

@@ -7,14 +7,14 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from psvae.config import Config
+from psvae.config import Config, one_of
 from psvae.errors import ConfigError, ShapeError
-from psvae.flow.checks import column, one_of
+from psvae.flow.checks import column, one_batch
 from psvae.flow.paths import Velocity
 from psvae.flow.sigmas import Sigmas
 from psvae.shapes import readable
 
-__all__ = ["Guidance", "Output", "Prefix", "classifier_free", "dual_guidance", "guided", "renormalise"]
+__all__ = ["Guidance", "classifier_free", "dual_guidance", "guided", "renormalise"]
 
 Form = Literal["nested", "additive"]
 Over = Literal["global", "channel"]
@@ -76,7 +76,8 @@ class Guidance(Config):
         image_scale: towards the source image, for editing; ``None`` for plain classifier-free guidance, the
             paper's, with the empty branch as the unconditional one.
         form: of guidance with ``image_scale``, see `dual_guidance`.
-        interval: guided where ``interval[0] < σ ≤ interval[1]``; elsewhere the full branch alone is computed.
+        interval: guided where ``interval[0] < σ ≤ interval[1]``, elsewhere the velocity is the full branch's. The
+            others are not computed in a step whose σ all lie elsewhere, in eager mode.
         renorm: see `renormalise`; ``None`` for none.
         renorm_minimum: BAGEL's default is 0.
     """
@@ -150,14 +151,14 @@ def guided(
     *,
     batched: bool = True,
 ) -> Velocity:
-    """The guided velocity of a `DeepFusionDiT`, one forward per step for all branches.
+    """The guided velocity of a `DeepFusionDiT`.
 
     Args:
         model: called as ``model(latents, sigmas, prefix)``, giving ``.sample``.
         prefixes: `PrefixCache` by branch: ``"full"`` and, as ``guidance.branches`` asks, ``"empty"`` (neither text
             nor source), ``"image"`` (the source alone), ``"text"`` (the text alone).
         guidance: None for none, which needs the full branch alone.
-        batched: False runs the branches one after the other, in less memory.
+        batched: all branches in one forward per step; False runs one after the other, in less memory.
 
     Raises:
         ConfigError: a branch is missing. ShapeError: the branches are of unequal batches.
@@ -181,11 +182,7 @@ def guided(
     low, high = torch.tensor(guidance.interval).tolist()  # in fp32, as σ is: 0.8 is not above 0.8
 
     def velocity(latents: Tensor, sigmas: Sigmas) -> Tensor:
-        if len(latents) != full.batch_size:
-            raise ShapeError(
-                f"the prefixes are for a batch of {full.batch_size}; wanted {len(latents)}, as the latents: "
-                "prefix.repeat_interleave(n) serves n images of each prompt"
-            )
+        one_batch(full.batch_size, len(latents))
         at = column(sigmas, latents)
         inside = (low < at) & (at <= high)
         outside = (low, high) != (0, 1) and readable(at) and not inside.any()  # read where that can save branches

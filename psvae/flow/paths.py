@@ -6,7 +6,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from psvae.flow.checks import alike, column, one_of, within_0_and_1
+from psvae.config import one_of
+from psvae.flow.checks import alike, column
 from psvae.flow.sigmas import Sigmas
 
 __all__ = [
@@ -29,7 +30,6 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Sigmas) -> Tensor:
     """
     alike(latents=latents, noise=noise)
     sigmas = column(sigmas, latents).to(latents.dtype)
-    within_0_and_1(sigmas)
     return (1 - sigmas) * latents + sigmas * noise
 
 
@@ -43,7 +43,7 @@ def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor, *, reduction: Re
     """Mean of (v − (ε − x))², in fp32; with ``reduction="none"`` one mean per item, ``B``, to be weighed by σ."""
     one_of("reduction", reduction, Reduction)
     alike(velocity=velocity, latents=latents, noise=noise)
-    target = velocity_target(latents.float(), noise.float())
+    target = noise.float() - latents.float()
     error = F.mse_loss(velocity.float(), target, reduction="none").flatten(1).mean(1)
     return error.mean() if reduction == "mean" else error
 
@@ -52,7 +52,6 @@ def clean_latents(noisy: Tensor, velocity: Tensor, sigmas: Sigmas) -> Tensor:
     """x̂ = x_σ − σ v."""
     alike(noisy=noisy, velocity=velocity)
     sigmas = column(sigmas, noisy).to(noisy.dtype)
-    within_0_and_1(sigmas)
     return noisy - sigmas * velocity
 
 
@@ -69,6 +68,7 @@ def from_sit(network: Network, time_scale: float = 1.0) -> Velocity:
     """
 
     def velocity(latents: Tensor, sigmas: Sigmas) -> Tensor:
+        column(sigmas, latents)  # refuses what is no σ
         return -network(latents, (1 - sigmas) * time_scale)
 
     return velocity
@@ -83,6 +83,7 @@ def from_jit(network: Network, floor: float = SIGMA_FLOOR) -> Velocity:
     """The velocity of a network that counts time t = 1 − σ and predicts the clean latents (JiT)."""
 
     def velocity(latents: Tensor, sigmas: Sigmas) -> Tensor:
+        column(sigmas, latents)  # refuses what is no σ
         return velocity_from_clean(latents, network(latents, 1 - sigmas), sigmas, floor)
 
     return velocity

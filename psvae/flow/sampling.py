@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from psvae.config import one_of
 from psvae.errors import DtypeError, ShapeError
-from psvae.flow.checks import alike, one_of
+from psvae.flow.checks import alike, within_0_and_1
 from psvae.flow.paths import Velocity
 from psvae.shapes import readable
 
@@ -72,9 +73,10 @@ def _descending(sigmas: Tensor) -> list[float]:
         raise DtypeError(f"sigmas came as {type(sigmas).__name__}; wanted a torch.Tensor, as sigma_schedule(50) makes")
     steps = sigmas.tolist() if sigmas.ndim == 1 else []
     falls = len(steps) > 1 and all(a > b for a, b in itertools.pairwise(steps))
-    if not falls or steps[0] > 1 or steps[-1] < 0:
+    if not falls:
         raise ShapeError(
             f"sigmas have shape {tuple(sigmas.shape)} and run {steps[:3]} to {steps[-1:]}; wanted one descending row "
             "within [0, 1], as sigma_schedule(50, shift=3.0) makes"
         )
+    within_0_and_1(sigmas)
     return steps

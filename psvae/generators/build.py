@@ -6,7 +6,7 @@ from torch import nn
 
 from psvae.generators.config import DeepFusionDiTConfig
 from psvae.generators.head import LinearHead, WideHead
-from psvae.generators.text import TextProjection
+from psvae.generators.inputs import TextProjection
 from psvae.nn.decoder import DecoderBlock
 
 __all__ = ["decoder_blocks", "freeze_dead_ends", "head_of", "initialise", "text_projections"]

@@ -1,6 +1,5 @@
 """What `DeepFusionDiT` refuses, and the words it does so with. Values are read in eager mode alone."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from psvae.errors import ConfigError, DtypeError, ShapeError
+from psvae.flow.checks import column, one_batch
 from psvae.generators.config import DeepFusionDiTConfig
-from psvae.generators.masks import read_mask, without
 from psvae.generators.prefix import PrefixCache
 from psvae.shapes import check_dtype, check_map, readable
 
 __all__ = [
-    "check_batch", "check_condition", "check_given", "check_mask", "check_noisy", "check_prefix", "check_reader",
-    "check_sources", "check_states", "check_text",
+    "check_batch", "check_condition", "check_given", "check_noisy", "check_prefix", "check_sources",
+    "check_states", "check_text",
 ]  # fmt: skip
 
 
@@ -24,11 +23,14 @@ __all__ = [
 
 def check_given(
     config: DeepFusionDiTConfig, given: Mapping[str, Any], condition: Tensor | None, return_layers: Sequence[int]
-) -> None:
+) -> list[str]:
     """Nothing that would be ignored, and layers that exist.
 
     Args:
         given: the prefix and what it would be encoded from, by name.
+
+    Returns:
+        The names of those that came.
 
     Raises:
         ConfigError: two that exclude each other; a block that is not there.
@@ -47,6 +49,7 @@ def check_given(
         raise ConfigError(
             f"return_layers is {return_layers!r}; wanted a tuple of numbers from 0 to {config.num_layers - 1}"
         )
+    return names
 
 
 def check_noisy(config: DeepFusionDiTConfig, latents: Tensor, timestep: Tensor) -> None:
@@ -56,22 +59,8 @@ def check_noisy(config: DeepFusionDiTConfig, latents: Tensor, timestep: Tensor) 
         ShapeError: wrong shape, σ outside [0, 1], NaN. DtypeError: no tensor, or integers.
     """
     _check_latents(config, latents, "latents")
-    wanted = f"wanted σ in [0, 1], floating point, shape ({len(latents)},): torch.full(({len(latents)},), sigma)"
-    if not isinstance(timestep, Tensor):
-        raise DtypeError(f"timestep came as {type(timestep).__name__} {timestep!r:.40}; {wanted}")
-    if not timestep.is_floating_point():
-        raise DtypeError(f"timestep has dtype {timestep.dtype}; {wanted}; a timestep of 0 to 1000 is divided by 1000")
-    if tuple(timestep.shape) != (len(latents),):
-        raise ShapeError(f"timestep has shape {tuple(timestep.shape)}; {wanted}")
-    if not readable(latents):
-        return
-    low, high, sigma_low, sigma_high = torch.stack([*latents.detach().aminmax(), *timestep.aminmax()]).tolist()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ShapeError("latents hold NaN or infinity; wanted finite values: look at the step that made them")
-    if not (sigma_low >= 0 and sigma_high <= 1):
-        scaled = sigma_low >= 0 and sigma_high <= 1000
-        hint = "this looks like a timestep of 0 to 1000, divide it by 1000" if scaled else "see psvae.flow"
-        raise ShapeError(f"timestep spans [{sigma_low:.4g}, {sigma_high:.4g}]; wanted σ in [0, 1], 1 for noise: {hint}")
+    _check_finite(latents, "latents")
+    column(timestep, latents, "timesteps")
 
 
 def check_condition(config: DeepFusionDiTConfig, condition: Tensor, batch: int, tokens: int) -> None:
@@ -86,34 +75,14 @@ def check_condition(config: DeepFusionDiTConfig, condition: Tensor, batch: int, 
         )
 
 
-def check_reader(x: Tensor, reader: nn.Module, what: str) -> None:
-    """As `check_dtype`; and refuse float64 for other weights, which autocast leaves alone.
-
-    Raises:
-        DtypeError: the layer that reads ``x`` cannot.
-    """
-    check_dtype(x, reader, what)
-    weight = getattr(reader, "weight", None)
-    narrow = isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if x.dtype == torch.float64 and isinstance(weight, Tensor) and narrow:
-        raise DtypeError(
-            f"{what} have dtype {x.dtype} and the weights {weight.dtype}; wanted one dtype: convert the {what} with "
-            f".to({weight.dtype})"
-        )
-
-
 def check_states(states: Tensor, reader: nn.Module) -> None:
     """Hidden states of text, zero where it is padded, for the layer that reads them.
 
     Raises:
         DtypeError: it cannot. ShapeError: NaN or infinity.
     """
-    check_reader(states, reader, "the text's states")
-    if readable(states) and not states.isfinite().all():
-        raise ShapeError(
-            "the text's states hold NaN or infinity; wanted finite values: look at the step that made them, padding "
-            "is told by attention_mask"
-        )
+    check_dtype(states, reader, "the text's states")
+    _check_finite(states, "the text's states", ", padding is told by attention_mask")
 
 
 # Of the prefix
@@ -137,11 +106,8 @@ def check_prefix(config: DeepFusionDiTConfig, prefix: PrefixCache, batch_size: i
             f"the prefix has (layers, key heads, head width) {found}; wanted {wanted}: it was made by another model, "
             "encode it with this one"
         )
-    if batch_size is not None and prefix.batch_size != batch_size:
-        raise ShapeError(
-            f"the prefix is for a batch of {prefix.batch_size}; wanted {batch_size}, as the latents: "
-            "prefix.repeat_interleave(n) serves n images of each prompt"
-        )
+    if batch_size is not None:
+        one_batch(prefix.batch_size, batch_size)
 
 
 def check_sources(
@@ -171,11 +137,8 @@ def check_sources(
         )
     for image in images:
         _check_latents(config, image, "source_latents")
-        check_reader(image, reader, "source_latents")
-        if readable(image) and not image.isfinite().all():
-            raise ShapeError(
-                "source_latents hold NaN or infinity; wanted finite values: look at the step that made them"
-            )
+        check_dtype(image, reader, "source_latents")
+        _check_finite(image, "source_latents")
     return images
 
 
@@ -208,7 +171,7 @@ def check_text(config: DeepFusionDiTConfig, **kinds: Tensor | None) -> Tensor | 
         if name == "input_ids":
             _check_ids(config, text)
         else:
-            _check_states(config, text, name)
+            _check_embedded(config, text, name)
         return text
     return None
 
@@ -229,7 +192,7 @@ def _check_ids(config: DeepFusionDiTConfig, ids: Tensor) -> None:
         )
 
 
-def _check_states(config: DeepFusionDiTConfig, states: Tensor, name: str) -> None:
+def _check_embedded(config: DeepFusionDiTConfig, states: Tensor, name: str) -> None:
     width = config.hidden_size if name == "inputs_embeds" else config.text_hidden_size
     plain = name == "inputs_embeds" or (states.ndim == 3 and config.text_layers == 1)
     layers = () if plain else (config.text_layers,)
@@ -239,45 +202,6 @@ def _check_states(config: DeepFusionDiTConfig, states: Tensor, name: str) -> Non
         raise ShapeError(f"{name} have shape {tuple(states.shape)}; wanted ({wanted}), a word at least")
     if not states.is_floating_point():
         raise DtypeError(f"{name} have dtype {states.dtype}; wanted floating point: token ids are passed as input_ids=")
-
-
-def check_mask(shape: tuple[int, ...] | None, attention_mask: Tensor | None, drop: Tensor | None) -> Tensor | None:
-    """The text's visible tokens ``B T``, those of items that go without left out; None where all are.
-
-    Args:
-        shape: of the text, ``(B, T)``; None where none came.
-        drop: ``B``, items that go without their text: these may be padding alone.
-
-    Raises:
-        ConfigError: a mask without text. DtypeError: no tensor. ShapeError: another shape than the text's, other
-            numbers than 0 and 1, an item of padding alone.
-    """
-    if shape is None:
-        if attention_mask is not None:
-            raise ConfigError("attention_mask came without text; pass the text too, or neither")
-        return None
-    if attention_mask is None:
-        return without(None, drop, shape[1])
-    if not isinstance(attention_mask, Tensor):
-        raise DtypeError(
-            f"attention_mask came as {type(attention_mask).__name__}; wanted a torch.Tensor: "
-            "tokenizer(..., return_tensors='pt')"
-        )
-    if tuple(attention_mask.shape) != shape:
-        raise ShapeError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; wanted {shape}, as the text: 1 for words, 0 for "
-            "padding, as the tokenizer returns it"
-        )
-    visible = read_mask(attention_mask)
-    if readable(visible):
-        speaks = visible.any(dim=1)
-        if not (speaks if drop is None else speaks | drop).all():
-            raise ShapeError(
-                "attention_mask leaves an item with padding alone; wanted a word in each: an item without text is said "
-                "by drop_text=, a batch without text by PrefixCache.empty(...)"
-            )
-        visible = None if visible.all() else visible
-    return without(visible, drop, shape[1])
 
 
 def check_batch(
@@ -319,6 +243,11 @@ def check_batch(
         said = ", ".join(f"{name} {'of another rank' if size < 0 else size}" for name, size in sizes.items())
         raise ShapeError(f"the batches differ: {said}; wanted one size: each item has its own text and source")
     return next(iter(sizes.values()))
+
+
+def _check_finite(x: Tensor, what: str, hint: str = "") -> None:
+    if readable(x) and not x.isfinite().all():
+        raise ShapeError(f"{what} hold NaN or infinity; wanted finite values: look at the step that made them{hint}")
 
 
 def _check_latents(config: DeepFusionDiTConfig, latents: Tensor, what: str) -> None:

@@ -144,7 +144,7 @@ class DeepFusionDiTConfig(Config):
 
     @classmethod
     def tiny(cls, in_channels: int = 16, vocab_size: int = 64) -> "DeepFusionDiTConfig":
-        """Trains on two CPU cores; see ``make scenes``."""
+        """Trains on two CPU cores; ``make scenes`` trains a narrower one."""
         return cls(
             in_channels, hidden_size=256, num_layers=6, num_attention_heads=4, attention_head_dim=64,
             intermediate_size=704, vocab_size=vocab_size, rope_theta=10000.0, qk_norm=True, attention_bias=False,

@@ -8,6 +8,7 @@ the noise, so whatever stands before them is encoded once, into a `PrefixCache`.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -21,21 +22,22 @@ from psvae.generators import checks
 from psvae.generators.build import decoder_blocks, freeze_dead_ends, head_of, initialise, text_projections
 from psvae.generators.config import DeepFusionDiTConfig
 from psvae.generators.head import image_of, patches_of
-from psvae.generators.loading import compare_part, copy_part, is_text, language_model_config, save_part
-from psvae.generators.masks import causal_mask, without, word_positions
+from psvae.generators.inputs import TimeEmbedding
+from psvae.generators.loading import language_model_config, read_part
+from psvae.generators.masks import causal_mask, check_mask, without, word_positions
 from psvae.generators.prefix import PrefixCache
-from psvae.generators.text import TimeEmbedding
 from psvae.hub.keymaps.bagel import BAGEL
 from psvae.hub.keymaps.ddt import DDT_HEAD
 from psvae.hub.keymaps.llm import LANGUAGE_MODEL
 from psvae.hub.mixin import HubMixin, build_empty
 from psvae.hub.reading import Checkpoint
 from psvae.hub.source import Source
+from psvae.hub.writing import write_file
 from psvae.nn.attention import Backend, check_backend
 from psvae.nn.decoder import KeysValues, RMSNorm
 from psvae.nn.positions import sincos_grid
 from psvae.nn.rope import Rope, grid_positions, rope
-from psvae.shapes import Latents, Tokens
+from psvae.shapes import Latents, Tokens, check_dtype
 
 __all__ = ["DeepFusionDiT", "DeepFusionOutput"]
 
@@ -57,8 +59,8 @@ class DeepFusionOutput(NamedTuple):
 class DeepFusionDiT(nn.Module, HubMixin):
     """Text-to-image and editing by flow matching on latents.
 
-    σ is 0 for clean latents and 1 for noise; `forward` returns the velocity ε − x (see `psvae.flow`), which is zero
-    before the first training step.
+    σ is 0 for clean latents and 1 for noise; `forward` returns the velocity ε − x (see `psvae.flow`). The head gives
+    zeros before the first training step: so is the velocity, or with ``prediction="sample"`` x_σ / max(σ, floor).
 
     Attributes:
         layers: the blocks of text and images (``fusion="shared"``), of text (``"mot"``), of images (``"prefix"``).
@@ -128,20 +130,21 @@ class DeepFusionDiT(nn.Module, HubMixin):
             "encoder_hidden_states": encoder_hidden_states, "source_latents": source_latents, "drop_text": drop_text,
             "drop_source": drop_source,
         }  # fmt: skip
-        checks.check_given(config, {"prefix": prefix, **inputs}, condition, return_layers)
+        given = checks.check_given(config, {"prefix": prefix, **inputs}, condition, return_layers)
         checks.check_noisy(config, latents, timestep)
-        checks.check_reader(latents, self.embed_latents, "latents")
+        check_dtype(latents, self.embed_latents, "latents")
         patches, grid = patches_of(latents, config.patch_size)
         time = self.embed_time(timestep, latents.dtype) if self.embed_time else None
         hidden_states: dict[int, Tokens] = {}
         if condition is None:
-            if any(value is not None for value in inputs.values()):
-                prefix = self.encode_prefix(**inputs)
-            elif prefix is None:
+            if not given:
                 prefix = PrefixCache.empty(config, len(latents), device=latents.device, dtype=latents.dtype)
+            elif prefix is None:
+                prefix = self.encode_prefix(**inputs)
             checks.check_prefix(config, prefix, len(latents))
             condition, hidden_states = self._trunk(patches, grid, time, prefix, return_layers)
-        checks.check_condition(config, condition, len(latents), patches.shape[1])
+        else:
+            checks.check_condition(config, condition, len(latents), patches.shape[1])
         output = image_of(self.head(patches, condition, time, grid, self.attention_backend), grid, config.patch_size)
         if config.prediction == "sample":
             output = velocity_from_clean(latents, output, timestep, config.sigma_floor)
@@ -184,7 +187,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
         sources = checks.check_sources(config, source_latents, prefix, self.embed_latents)
         shape = None if text is None else tuple(text.shape if text is input_ids else text.shape[-3:-1])
         batch = checks.check_batch(shape, sources, prefix, drop_text, drop_source)
-        visible = checks.check_mask(shape, attention_mask, drop_text)
+        visible = check_mask(shape, attention_mask, drop_text)
         if input_ids is not None:
             text = cast(nn.Embedding, self.embed_tokens)(input_ids)
         elif text is not None:
@@ -206,7 +209,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
         Its logits are these times the transposed ``embed_tokens.weight``, where the two are tied.
         """
         checks.check_text(self.config, input_ids=input_ids)
-        visible = checks.check_mask(tuple(input_ids.shape), attention_mask, None)
+        visible = check_mask(tuple(input_ids.shape), attention_mask, None)
         words = cast(nn.Embedding, self.embed_tokens)(input_ids)
         empty = PrefixCache.empty(self.config, len(words), device=words.device, dtype=words.dtype)
         return self.norm(self._add_words(empty, words, visible)[1])
@@ -336,10 +339,11 @@ class DeepFusionDiT(nn.Module, HubMixin):
         )  # fmt: skip
         checkpoint = Checkpoint(source, file=None, variant=None, allow_pickle=allow_pickle)
         config = language_model_config(checkpoint, fields)
-        part = (checkpoint, LANGUAGE_MODEL, config.to_dict(), is_text)
-        compare_part(build_empty(cls, config, checkpoint), *part)  # before memory is taken for it
+        empty = build_empty(cls, config, checkpoint).state_dict()  # compared before memory is taken
+        text = {key: x for key, x in empty.items() if key.startswith(("embed_tokens.", "layers.", "norm."))}
+        text = read_part(text, checkpoint, LANGUAGE_MODEL, config.to_dict())
         model = cls(config)
-        copy_part(model, *part)
+        model.load_state_dict(text, strict=False)  # the rest is fresh
         if model.image_layers is not None and model.image_norm is not None:
             model.image_layers.load_state_dict(model.layers.state_dict())
             model.image_norm.load_state_dict(model.norm.state_dict())
@@ -353,21 +357,21 @@ class DeepFusionDiT(nn.Module, HubMixin):
         """
         self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
         checkpoint = Checkpoint(Source(file, ""), file=None, variant=None, allow_pickle=allow_pickle)
-        copy_part(self.head, checkpoint, DDT_HEAD, self.config.to_dict(), lambda key: True)
+        self.head.load_state_dict(read_part(self.head.state_dict(), checkpoint, DDT_HEAD, self.config.to_dict()))
 
     def export_rae_head(self, file: str | os.PathLike[str]) -> None:
-        """Write the wide head under RAE's names, as safetensors.
+        """Write the wide head under RAE's names, as safetensors. An older file stays until the new one is whole.
 
         Raises:
-            ConfigError: the head is not wide.
+            CheckpointError: it could not be written. ConfigError: the head is not wide.
         """
         self.config.require(self.config.head == "ddt", "head", "'ddt': RAE's head is a wide one")
-        save_part(self.head, file, DDT_HEAD, self.config.to_dict())
+        write_file(Path(file), DDT_HEAD.save(self.head.state_dict(), self.config.to_dict(), {}))
 
     # Settings
 
     def freeze_text(self) -> None:
-        """LMFusion: only the images' blocks and the head go on learning.
+        """LMFusion: the text's words and blocks stay; all that images go through, and the head, go on learning.
 
         Raises:
             ConfigError: text and images share their blocks.

@@ -4,10 +4,49 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from psvae.errors import ShapeError
+from psvae.errors import ConfigError, DtypeError, ShapeError
 from psvae.shapes import readable
 
-__all__ = ["causal_mask", "read_mask", "without", "word_positions"]
+__all__ = ["causal_mask", "check_mask", "read_mask", "without", "word_positions"]
+
+
+def check_mask(shape: tuple[int, ...] | None, attention_mask: Tensor | None, drop: Tensor | None) -> Tensor | None:
+    """The text's visible tokens ``B T``, those of items that go without left out; None where all are.
+
+    Args:
+        shape: of the text, ``(B, T)``; None where none came.
+        drop: ``B``, items that go without their text: these may be padding alone.
+
+    Raises:
+        ConfigError: a mask without text. DtypeError: no tensor. ShapeError: another shape than the text's, other
+            numbers than 0 and 1, an item of padding alone.
+    """
+    if shape is None:
+        if attention_mask is not None:
+            raise ConfigError("attention_mask came without text; pass the text too, or neither")
+        return None
+    if attention_mask is None:
+        return without(None, drop, shape[1])
+    if not isinstance(attention_mask, Tensor):
+        raise DtypeError(
+            f"attention_mask came as {type(attention_mask).__name__}; wanted a torch.Tensor: "
+            "tokenizer(..., return_tensors='pt')"
+        )
+    if tuple(attention_mask.shape) != shape:
+        raise ShapeError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; wanted {shape}, as the text: 1 for words, 0 for "
+            "padding, as the tokenizer returns it"
+        )
+    visible = read_mask(attention_mask)
+    if readable(visible):
+        speaks = visible.any(dim=1)
+        if not (speaks if drop is None else speaks | drop).all():
+            raise ShapeError(
+                "attention_mask leaves an item with padding alone; wanted a word in each: an item without text is said "
+                "by drop_text=, a batch without text by PrefixCache.empty(...)"
+            )
+        visible = None if visible.all() else visible
+    return without(visible, drop, shape[1])
 
 
 def read_mask(attention_mask: Tensor) -> Bool[Tensor, "B T"]:

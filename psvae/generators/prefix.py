@@ -3,6 +3,7 @@
 Source latents and text see neither the noise nor σ, so their keys and values do not change from step to step.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -14,9 +15,8 @@ from torch.nn import functional as F
 
 from psvae.errors import DtypeError, ShapeError
 from psvae.generators.config import DeepFusionDiTConfig
-from psvae.generators.masks import read_mask
+from psvae.generators.masks import check_mask
 from psvae.nn.decoder import KeysValues
-from psvae.shapes import readable
 
 __all__ = ["PrefixCache"]
 
@@ -74,7 +74,7 @@ class PrefixCache:
 
         Raises:
             DtypeError: no cache. ShapeError: layers of different geometry, empty, or truncated by a sliding window;
-                a mask of another shape, or with other numbers than 0 and 1.
+                a mask of another shape, with other numbers than 0 and 1, or with an item of padding alone.
         """
         layers = getattr(past_key_values, "layers", past_key_values)
         if not isinstance(layers, Sequence):
@@ -98,9 +98,7 @@ class PrefixCache:
         _check_shape("position_ids", places, ((batch, length), (1, length)))
         keys, values = (torch.stack(part) for part in zip(*pairs, strict=True))
         places = places.expand(batch, -1)
-        mask = None if attention_mask is None else read_mask(attention_mask.to(device))
-        if mask is not None and readable(mask) and mask.all():
-            mask = None
+        mask = check_mask((batch, length), None if attention_mask is None else attention_mask.to(device), None)
         if mask is not None:
             places = places.masked_fill(~mask, -1)
             # padding may hold NaN, and 0 · NaN is NaN
@@ -120,10 +118,12 @@ class PrefixCache:
         if len(geometries) != 1:
             raise ShapeError(f"prefixes have (layers, key heads, width) {sorted(geometries)}; wanted equal ones")
         length = max(part.length for part in parts)
+        dtypes = [part.keys.dtype for part in parts if part.length or not length]  # empty ones hold no numbers
+        dtype = functools.reduce(torch.promote_types, dtypes)
         masked = any(part.key_mask is not None or part.length < length for part in parts)
         return cls(
-            torch.cat([_pad(part.keys, length) for part in parts], dim=1),
-            torch.cat([_pad(part.values, length) for part in parts], dim=1),
+            torch.cat([_pad(part.keys, length, dtype) for part in parts], dim=1),
+            torch.cat([_pad(part.values, length, dtype) for part in parts], dim=1),
             torch.cat([F.pad(part.all_keys(), (0, length - part.length)) for part in parts]) if masked else None,
             torch.cat([part.next_position for part in parts]),
             max(part.source_images for part in parts),
@@ -222,5 +222,5 @@ def _keys_values(layer: Any, index: int) -> tuple[Tensor, Tensor]:
     return keys[:, :, :seen], values[:, :, :seen]  # a static cache is longer than its content
 
 
-def _pad(x: Tensor, length: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, length - x.shape[3]))
+def _pad(x: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    return F.pad(x.to(dtype), (0, 0, 0, length - x.shape[3]))

@@ -39,9 +39,5 @@ def export(
     if layout.write_config is None:
         raise CheckpointError(f"psvae reads {layout.name} and does not write it")
     fields = (module.config if config is None else config).to_dict()
-    tensors: Mapping[str, Tensor] = module.state_dict() if state is None else state
-    theirs: dict[str, Tensor] = {}
-    for key, rule in layout.rules(list(tensors), fields, {}).items():
-        theirs |= rule.save(rule.theirs, tensors[key])
-    values = layout.write_config(fields)
-    write_checkpoint(Path(folder), values, theirs, "", max_shard_size, stem)
+    theirs = layout.save(module.state_dict() if state is None else state, fields, {})
+    write_checkpoint(Path(folder), layout.write_config(fields), theirs, "", max_shard_size, stem)

@@ -68,6 +68,13 @@ class Format:
     write_config: Callable[[Json], dict[str, Any]] | None = None
     remark: Callable[[Header], str] = lambda header: ""
 
+    def save(self, state: Mapping[str, Tensor], config: Json, header: Header) -> dict[str, Tensor]:
+        """Our tensors → theirs, both by name."""
+        theirs: dict[str, Tensor] = {}
+        for key, rule in self.rules(list(state), config, header).items():
+            theirs |= rule.save(rule.theirs, state[key])
+        return theirs
+
     def needed(self, rules: Mapping[str, Rule]) -> list[str]:
         """Their names that the rules read, once each."""
         return list(dict.fromkeys(name for rule in rules.values() for name in rule.theirs))

@@ -24,7 +24,7 @@ __all__ = ["HubMixin", "build_empty", "recognise"]
 
 _log = logging.getLogger("psvae")
 
-LAYER_COUNTS = ("depth", "num_res_blocks", "num_layers", "head_depth")  # fields of every configuration
+LAYER_COUNTS = ("depth", "num_res_blocks", "num_layers", "head_depth")  # fields, of ours and in timm's arguments
 
 
 class HubMixin:

@@ -1,5 +1,6 @@
 """Write a checkpoint so that a crash, a kill or a full disk leaves the older one intact."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from psvae.hub.cards import MARK
 from psvae.hub.reading import INDEX, WEIGHTS
 from psvae.hub.source import CONFIG
 
-__all__ = ["WEIGHT_PATTERNS", "write_checkpoint"]
+__all__ = ["WEIGHT_PATTERNS", "write_checkpoint", "write_file"]
 
 WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 _STAGING = ".saving"
@@ -46,14 +47,7 @@ def write_checkpoint(
         CheckpointError: anything could not be written, or the weights are sharded (FSDP); the old checkpoint is as
             it was.
     """
-    sharded = [key for key, tensor in state.items() if hasattr(tensor, "full_tensor")]
-    if sharded:
-        raise CheckpointError(
-            f"{sharded[0]} and {len(sharded) - 1} other tensors are sharded over processes; wanted whole ones: load "
-            "the result of torch.distributed.checkpoint.state_dict.get_model_state_dict, with full_state_dict=True, "
-            "into an unsharded module and save that"
-        )
-    tensors = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    tensors = _plain(state)
     staging = folder / _STAGING
     try:
         if folder.exists() and not folder.is_dir():
@@ -84,6 +78,37 @@ def write_checkpoint(
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_file(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file, and move it into place when it is whole and on the disk.
+
+    Raises:
+        CheckpointError: it could not be written, or the weights are sharded (FSDP); an older file is as it was.
+    """
+    tensors, staged = _plain(state), path.with_name(f"{path.name}{_STAGING}")
+    try:
+        save_file(tensors, staged, metadata={"format": "pt"})
+        _flush(staged)
+        os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {path} ({error}); what was there is untouched: make room or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    sharded = [key for key, tensor in state.items() if hasattr(tensor, "full_tensor")]
+    if sharded:
+        raise CheckpointError(
+            f"{sharded[0]} and {len(sharded) - 1} other tensors are sharded over processes; wanted whole ones: load "
+            "the result of torch.distributed.checkpoint.state_dict.get_model_state_dict, with full_state_dict=True, "
+            "into an unsharded module and save that"
+        )
+    return {key: tensor.detach().contiguous() for key, tensor in state.items()}
 
 
 def _stage_weights(

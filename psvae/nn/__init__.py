@@ -1,1 +1,1 @@
-"""The parts that every room shares: one attention, one MLP, one transformer block, one set of conv blocks."""
+"""The parts that every room shares: one attention, positions, the blocks of a ViT, a language model and a conv net."""

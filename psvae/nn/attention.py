@@ -1,6 +1,6 @@
 """The one attention of the package."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from psvae.errors import ConfigError, MissingDependencyError
+from psvae.config import one_of
+from psvae.errors import MissingDependencyError
 from psvae.shapes import Tokens
 
 __all__ = ["Backend", "SelfAttention", "attention", "check_backend"]
@@ -66,8 +67,7 @@ def check_backend(backend: Backend, device: torch.device) -> None:
     Raises:
         ConfigError: of another name. MissingDependencyError: xformers is absent, or does not run on this device.
     """
-    if backend not in get_args(Backend):
-        raise ConfigError(f"the attention back-end is {backend!r}; wanted {' or '.join(map(repr, get_args(Backend)))}")
+    one_of("the attention back-end", backend, Backend)
     if backend == "sdpa":
         return
     try:

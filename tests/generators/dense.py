@@ -1,6 +1,7 @@
 """`DeepFusionDiT`'s trunk written a second time, from the paper's words: one sequence, one dense mask, no cache.
 
-Weights are the module's own; rotary positions, masks and attention are computed here, item by item.
+Weights are the module's own; rotary positions, masks and attention are computed here, item by item. The sequence is
+[sources | text | noisy latents]; with another model's hidden states, the text comes first.
 """
 
 import torch
@@ -9,33 +10,48 @@ from torch.nn import functional as F
 from psvae.nn.positions import sincos_grid
 
 
-def dense_trunk(model, latents, sigma, words=None, sources=()):
-    """One item: noisy latents ``Z h w``, σ, the text's embeddings ``T D``, sources ``Z h w`` → condition ``N D``."""
+def dense_trunk(model, latents, sigma, words=None, sources=(), states=None):
+    """One item: noisy latents ``Z h w``, σ, the text's embeddings ``T D`` or hidden states ``L T D``, the sources
+    ``Z h w`` → condition ``N D``, and of what stands before the noisy latents keys and values, each ``L kv P d``.
+    """
     config = model.config
-    tokens, positions, kinds, start = [], [], [], 0
-    for number, source in enumerate(sources):
-        tokens.append(image_tokens(model, source, 0.0))
-        places, start = image_places(start, *source.shape[-2:], config)
-        positions += places
-        kinds += [f"source {number}"] * len(places)
+    if states is not None:  # of these a block has keys and values; the tokens in their place are read by none
+        words = torch.zeros(states.shape[1], config.hidden_size)
+    segments = [(f"source {number}", source) for number, source in enumerate(sources)]
     if words is not None:
-        tokens.append(words)
-        positions += [(start + i,) * 3 for i in range(len(words))]
-        kinds += ["text"] * len(words)
-        start += len(words)
-    tokens.append(image_tokens(model, latents, sigma))
-    places, _ = image_places(start, *latents.shape[-2:], config)
-    positions += places
-    kinds += ["noisy"] * len(places)
+        segments.insert(len(segments) if states is None else 0, ("text", words))
+    segments.append(("noisy", latents))
+    tokens, positions, kinds, start = [], [], [], 0
+    for kind, content in segments:
+        if kind == "text":
+            tokens.append(content)
+            places, start = [(start + i,) * 3 for i in range(len(content))], start + len(content)
+        else:
+            tokens.append(image_tokens(model, content, sigma if kind == "noisy" else 0.0))
+            places, start = image_places(start, *content.shape[-2:], config)
+        positions += places
+        kinds += [kind] * len(places)
+    before = kinds.index("noisy")
     x = torch.cat(tokens)
     mask = visibility(kinds)
     angles = rotary_angles(positions, config)
     image = torch.tensor([kind != "text" for kind in kinds])
+    cache = []
     for index, text_block in enumerate(model.layers):
         image_block = text_block if model.image_layers is None else model.image_layers[index]
-        x = block(text_block, image_block, image[:, None], x, angles, mask, config)
+        given = None if states is None else projected(model, index, states)
+        x, *keys_values = block(text_block, image_block, image[:, None], x, angles, mask, config, given)
+        cache.append([part[:, :before] for part in keys_values])
     norm = model.norm if model.image_norm is None else model.image_norm
-    return norm(x[-latents.shape[-2] * latents.shape[-1] :])
+    return norm(x[before:]), *(torch.stack(part) for part in zip(*cache, strict=True))
+
+
+def projected(model, index, states):
+    """One block's keys, not yet turned, and values of hidden states, each ``kv T d``."""
+    config, project = model.config, model.text_projections[index]
+    found = project.kv(project.norm(states[config.text_layer_of_block[index]]))
+    keys, values = found.view(-1, 2, config.num_key_value_heads, config.attention_head_dim).permute(1, 2, 0, 3)
+    return project.k_norm(keys), values
 
 
 def image_tokens(model, latents, sigma):
@@ -85,26 +101,36 @@ def rotary_angles(positions, config):
     return torch.tensor(rows)
 
 
-def block(text, images, is_image, x, angles, mask, config):
-    """The Qwen block of Hugging Face's documentation, head by head; each token by its own kind's weights."""
+def block(text, images, is_image, x, angles, mask, config, given=None):
+    """The Qwen block of Hugging Face's documentation, head by head; each token by its own kind's weights.
+
+    ``given``: keys and values of the first tokens, in place of the block's own. Returns the tokens, keys and values.
+    """
     d, heads, pairs = config.attention_head_dim, config.num_attention_heads, config.num_key_value_heads
 
     def own(compute):
         return torch.where(is_image, compute(images), compute(text))
 
     q, k, v = own(lambda m: m.qkv(m.norm1(x))).split([heads * d, pairs * d, pairs * d], dim=-1)
+    keys, values = [], []
+    for pair in range(pairs):
+        k_pair, v_pair = k[:, pair * d : (pair + 1) * d], v[:, pair * d : (pair + 1) * d]
+        k_pair = own(lambda m, k=k_pair: m.k_norm(k))
+        if given is not None:
+            length = given[0].shape[1]
+            k_pair, v_pair = (torch.cat([x[pair], y[length:]]) for x, y in zip(given, (k_pair, v_pair), strict=True))
+        keys.append(turn(k_pair, angles))
+        values.append(v_pair)
     outs = []
     for head in range(heads):
         pair = head * pairs // heads
-        q_head, k_head = q[:, head * d : (head + 1) * d], k[:, pair * d : (pair + 1) * d]
-        q_head = turn(own(lambda m, q=q_head: m.q_norm(q)), angles)
-        k_head = turn(own(lambda m, k=k_head: m.k_norm(k)), angles)
-        scores = (q_head @ k_head.T / d**0.5).masked_fill(~mask, -torch.inf)
-        outs.append(scores.softmax(dim=-1) @ v[:, pair * d : (pair + 1) * d])
+        q_head = turn(own(lambda m, q=q[:, head * d : (head + 1) * d]: m.q_norm(q)), angles)
+        scores = (q_head @ keys[pair].T / d**0.5).masked_fill(~mask, -torch.inf)
+        outs.append(scores.softmax(dim=-1) @ values[pair])
     attended = torch.cat(outs, dim=-1)
     x = x + own(lambda m: m.proj(attended))
     gate, up = own(lambda m: m.mlp.gate_up(m.norm2(x))).chunk(2, dim=-1)
-    return x + own(lambda m: m.mlp.down(F.silu(gate) * up))
+    return x + own(lambda m: m.mlp.down(F.silu(gate) * up)), torch.stack(keys), torch.stack(values)
 
 
 def turn(x, angles):

@@ -57,15 +57,15 @@ HALVES = torch.full((2, 5), 0.3)
 
 # model, latents, σ, the error, its words
 OF_THE_STEP = {
-    "sigma above 1": ("shared", latents(), torch.tensor([0.1, 1.2]), ShapeError, r"spans \[0.1, 1.2\]; wanted σ in"),
-    "sigma below 0": ("shared", latents(), torch.tensor([-0.1, 0.5]), ShapeError, r"spans \[-0.1, 0.5\].*see psvae"),
+    "sigma above 1": ("shared", latents(), torch.tensor([0.1, 1.2]), ShapeError, r"span \[0.1, 1.2\]; wanted σ in"),
+    "sigma below 0": ("shared", latents(), torch.tensor([-0.1, 0.5]), ShapeError, r"span \[-0.1, 0.5\]; wanted σ in"),
     "a diffusers timestep": ("shared", latents(), torch.tensor([20.0, 999.0]), ShapeError,
-                             r"looks like a timestep of 0 to 1000, divide it by 1000"),
-    "a whole timestep": ("shared", latents(), torch.tensor([20, 999]), DtypeError, "timestep has dtype torch.int64"),
-    "sigma NaN": ("shared", latents(), torch.tensor([0.5, float("nan")]), ShapeError, r"timestep spans \[.*nan"),
-    "sigma a number": ("shared", latents(), 0.5, DtypeError, r"timestep came as float 0.5; wanted .*torch.full"),
-    "one sigma": ("shared", latents(), torch.tensor([0.5]), ShapeError, r"timestep has shape \(1,\); wanted"),
-    "sigma 0-d": ("shared", latents(), torch.tensor(0.5), ShapeError, r"timestep has shape \(\); wanted"),
+                             r"a timestep of 0 to 1000 is divided by 1000"),
+    "a whole timestep": ("shared", latents(), torch.tensor([20, 999]), DtypeError, "timesteps came as torch.int64"),
+    "sigma NaN": ("shared", latents(), torch.tensor([0.5, float("nan")]), ShapeError, r"timesteps span \[.*nan"),
+    "sigma a number": ("shared", latents(), 0.5, DtypeError, r"timesteps came as float; wanted .*torch.full"),
+    "one sigma": ("shared", latents(), torch.tensor([0.5]), ShapeError, r"timesteps have shape \(1,\); wanted"),
+    "sigma 0-d": ("shared", latents(), torch.tensor(0.5), ShapeError, r"timesteps have shape \(\); wanted"),
     "patch": ("patch", latents(2, 4, 5), sigmas(), ShapeError, "latents are 4 x 5; wanted multiples of patch_size 2"),
     "channels": ("shared", latents(2, channels=Z + 1), sigmas(), ShapeError, "latents have 9 channels.*; wanted 8"),
     "no batch": ("shared", latents()[0], sigmas(), ShapeError, "wanted 4 axes.*unsqueeze"),
@@ -224,6 +224,13 @@ def test_of_the_call(case, models):
         models["shared"](latents(), sigmas(), **inputs)
 
 
+@pytest.mark.parametrize("fields", [{"num_layers": 3}, {"num_key_value_heads": 4}, {"attention_head_dim": 24}])
+@pytest.mark.parametrize("inputs", [{"input_ids": words()}, {"source_latents": SOURCES}], ids=["text", "source"])
+def test_another_models_prefix_is_not_gone_on_from(inputs, fields, models):
+    with pytest.raises(ConfigError, match=r"wanted \(2, 2, 16\): it was made by another model, encode it with this"):
+        models["shared"].encode_prefix(**inputs, prefix=empty(**fields))
+
+
 def test_a_misspelt_input(models):
     for call in (lambda **x: models["shared"](latents(), sigmas(), **x), models["shared"].encode_prefix):
         with pytest.raises(TypeError, match="unexpected keyword argument 'inputs_ids'"):
@@ -293,6 +300,7 @@ MASKS_OF_A_CACHE = {
     "added": (ADDED, r"attention_mask holds -1e\+09; wanted 1 for words"),
     "halves": (HALVES, "attention_mask holds 0.3; wanted 1 for words"),
     "of one": (torch.ones(1, 5), r"attention_mask has shape \(1, 5\); the cache holds \(2, 5\)"),
+    "padding alone": (ALONE, r"leaves an item with padding alone; wanted a word in each.*PrefixCache.empty\("),
 }
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from psvae import DeepFusionDiT, DeepFusionDiTConfig, PrefixCache, flow
+from psvae.generators.head import patches_of
 from tests.base import ModuleTests
-from tests.generators.dense import dense_trunk
+from tests.generators.dense import dense_trunk, image_places, rotary_angles, turn
 from tests.tiny import build, fill_weights, latents
 
 Z, VOCABULARY, TEXT_WIDTH = 8, 32, 24
@@ -25,6 +26,23 @@ def tiny_config(**fields):
 
 def tiny_model(**fields):
     return fill_weights(build(DeepFusionDiT, tiny_config(**fields)))
+
+
+FUSIONS = {
+    "shared": {},
+    "mot": {"fusion": "mot", "qk_norm": True},
+    "prefix": {
+        "fusion": "prefix", "qk_norm": True, "text_hidden_size": TEXT_WIDTH, "text_layers": 3, "vocab_size": None,
+    },
+}  # fmt: skip
+
+
+def text_of(model, batch=2):
+    """Words, or with ``fusion="prefix"`` another model's hidden states of so many."""
+    if model.text_projections is None:
+        return {"input_ids": words(batch)}
+    shape = (model.config.text_layers, batch, 5, TEXT_WIDTH)
+    return {"encoder_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
 
 
 def words(batch=2, length=5, seed=3):
@@ -112,12 +130,12 @@ def padded(padding):
     return mask.flip(1) if padding == "right" else mask
 
 
-@pytest.mark.parametrize("fusion", ["shared", "mot"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("image_rope", ROPES)
 @pytest.mark.parametrize("sources", [0, 1, 2])
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_cached_equals_dense_attention(fusion, image_rope, sources, padding):
-    model = tiny_model(fusion=fusion, image_rope=image_rope, qk_norm=fusion == "mot", max_source_images=2)
+    model = tiny_model(**FUSIONS[fusion], image_rope=image_rope, max_source_images=2)
     assert_dense(model, padded(padding), latents(2 * sources, 4, 2, seed=5).view(2, sources, Z, 4, 2))
 
 
@@ -131,14 +149,32 @@ def test_other_fields_equal_dense_attention(fields, padding):
 
 def assert_dense(model, mask, sources):
     """The trunk's tokens, from a prefix, equal those of each item alone in one attention without cache."""
-    x, ids = latents(2, 3, 4), words(2, 5)
+    x, text = latents(2, 3, 4), text_of(model)
     with torch.no_grad():
-        prefix = model.encode_prefix(ids, mask, source_latents=sources if sources.shape[1] else None)
+        prefix = model.encode_prefix(**text, attention_mask=mask, source_latents=sources if sources.shape[1] else None)
         got = model(x, sigmas(), prefix).condition
         for item in range(2):
-            kept = model.embed_tokens(ids[item][mask[item].bool()])
-            wanted = dense_trunk(model, x[item], sigmas()[item].item(), kept, sources[item])
+            said = said_by(model, text, item, mask[item].bool())
+            wanted, *_ = dense_trunk(model, x[item], sigmas()[item].item(), sources=sources[item], **said)
             torch.testing.assert_close(got[item], wanted, rtol=1e-5, atol=1e-5)
+
+
+def said_by(model, text, item, real=slice(None)):
+    """The text of one item without its padding, for `dense_trunk`."""
+    if "encoder_hidden_states" in text:
+        return {"states": text["encoder_hidden_states"][:, item, real]}
+    return {"words": model.embed_tokens(text["input_ids"][item, real])}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_one_call_equals_two(fusion, padding):
+    model, x = tiny_model(**FUSIONS[fusion]), latents(2, 3, 4)
+    inputs = {**text_of(model), "attention_mask": padded(padding), "source_latents": latents(2, 2, 3, seed=5)}
+    with torch.no_grad():
+        wanted = model(x, sigmas(), model.encode_prefix(**inputs)).sample
+        assert model(x, sigmas(), **inputs).sample.equal(wanted)
+        assert not model(x, sigmas()).sample.equal(wanted)
 
 
 def prefix_kinds():
@@ -151,10 +187,16 @@ def prefix_kinds():
     yield shared, {"input_ids": words(3), "attention_mask": mask, "source_latents": sources}
     yield shared, {"input_ids": words(3), "attention_mask": mask.flip(1), "source_latents": sources}
     yield tiny_model(fusion="mot"), {"input_ids": words(3), "attention_mask": mask}
+    mixture = tiny_model(fusion="mot", max_source_images=2)
+    yield mixture, {"input_ids": words(3), "attention_mask": mask, "source_latents": sources}
     yield hidden, {"encoder_hidden_states": states, "attention_mask": mask, "source_latents": sources}
+    yield hidden, {"encoder_hidden_states": states, "attention_mask": mask.flip(1), "source_latents": sources}
 
 
-@pytest.mark.parametrize("kind", range(4))
+KINDS = range(6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_together_equal_three_alone(kind):
     model, inputs = list(prefix_kinds())[kind]
     x, sigma = latents(3, 4, 4), sigmas(3)
@@ -174,7 +216,7 @@ def test_three_together_equal_three_alone(kind):
             torch.testing.assert_close(together[item : item + 1], single, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_masked_text_never_leaks(kind):
     model, inputs = list(prefix_kinds())[kind]
     x, sigma, hidden = latents(3, 4, 4), sigmas(3), ~inputs["attention_mask"].bool()
@@ -188,7 +230,7 @@ def test_masked_text_never_leaks(kind):
         assert model(x, sigma, **inputs).sample.equal(model(x, sigma, **changed).sample)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_dropped_items_never_had_it(kind):
     model, inputs = list(prefix_kinds())[kind]
     x, sigma = latents(3, 4, 4), sigmas(3)
@@ -220,22 +262,31 @@ def test_nothing_is_the_empty_prefix():
         assert not empty.equal(model(x, sigmas(), input_ids=words()).sample)
 
 
-def test_the_prefix_sees_neither_noise_nor_sigma():
-    """Its numbers are the same whatever is denoised; the noisy tokens do see σ."""
-    model = tiny_model()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_prefix_sees_neither_noise_nor_sigma(fusion):
+    """In one attention without cache its keys and values are the same whatever is denoised, and those of the cache;
+    the noisy tokens do see both."""
+    model, source = tiny_model(**FUSIONS[fusion]), latents(2, 2, 2)
+    text, samples, dense = text_of(model), [], []
     with torch.no_grad():
-        prefix = model.encode_prefix(words(), source_latents=latents(2, 2, 2))
-        before = (prefix.keys.clone(), prefix.values.clone())
-        one = model(latents(2, 3, 3, seed=1), torch.full((2,), 0.9), prefix).sample
-        two = model(latents(2, 3, 3, seed=1), torch.full((2,), 0.1), prefix).sample
-        again = model.encode_prefix(words(), source_latents=latents(2, 2, 2))
-    assert prefix.keys.equal(before[0])
-    assert prefix.values.equal(before[1])
-    assert again.keys.equal(before[0])
-    assert not one.equal(two)
+        prefix = model.encode_prefix(**text, source_latents=source)
+        before = torch.stack([prefix.keys, prefix.values])
+        for seed, sigma in ((1, 0.9), (1, 0.1), (2, 0.1)):
+            x = latents(2, 3, 3, seed=seed)
+            samples.append(model(x, torch.full((2,), sigma), prefix).sample)
+            _, *found = dense_trunk(model, x[1], sigma, sources=source[1:], **said_by(model, text, 1))
+            dense.append(torch.stack(found))
+        again = model.encode_prefix(**text, source_latents=source)
+    assert torch.stack([prefix.keys, prefix.values]).equal(before)
+    assert torch.stack([again.keys, again.values]).equal(before)
+    for found in dense:
+        torch.testing.assert_close(found, dense[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found, before[:, :, 1], rtol=1e-5, atol=1e-5)
+    assert not samples[0].equal(samples[1])
+    assert not samples[1].equal(samples[2])
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_in_padding_never_leaks(kind):
     """0 · NaN is NaN: language models leave it behind where all keys of a row are masked."""
     model, inputs = list(prefix_kinds())[kind]
@@ -254,7 +305,7 @@ def test_nan_in_padding_never_leaks(kind):
         torch.testing.assert_close(model(x, sigma, **nan, drop_text=dropped).sample, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_dropped_item_may_be_padding_alone(kind):
     """As an empty text is tokenised."""
     model, inputs = list(prefix_kinds())[kind]
@@ -286,11 +337,34 @@ def test_sigma_in_half_precision_is_scaled_in_fp32(scale):
 def test_rope_beyond_256_in_bf16():
     """Neighbours stay apart, though bf16 holds no odd number above 256: of one word again and again, the first
     layer's keys differ by their place alone."""
-    model = tiny_model().bfloat16()
+    model, ids = tiny_model().bfloat16(), torch.full((1, 300), 7)
     with torch.no_grad():
-        keys = model.encode_prefix(torch.full((1, 300), 7)).keys[0, 0].float()
-        turned = (keys[:, 256:299] - keys[:, 257:]).norm(dim=-1) / keys[:, 257:].norm(dim=-1)
+        keys = model.encode_prefix(ids).keys[0, 0]
+        assert_turned(model, model.embed_tokens(ids[0]), keys, [(place,) * 3 for place in range(300)])
+    keys = keys.float()
+    turned = (keys[:, 256:299] - keys[:, 257:]).norm(dim=-1) / keys[:, 257:].norm(dim=-1)
     assert turned.min() > 0.1
+
+
+@pytest.mark.parametrize("image_rope", ROPES)
+def test_image_tokens_beyond_256_in_bf16(image_rope):
+    """Of a source behind 300 others, on each axis."""
+    model = tiny_model(image_rope=image_rope, image_position="none", time_conditioning=None).bfloat16()
+    before = PrefixCache.empty(model.config, 1, dtype=torch.bfloat16)
+    before = dataclasses.replace(before, next_position=torch.tensor([300]))
+    source = latents(1, 3, 4).bfloat16()
+    with torch.no_grad():
+        keys = model.encode_prefix(source_latents=source, prefix=before).keys[0, 0]
+        tokens = model.embed_latents(patches_of(source, 1)[0])
+        assert_turned(model, tokens[0], keys, image_places(300, 3, 4, model.config)[0])
+
+
+def assert_turned(model, tokens, keys, places):
+    """The first layer's keys ``kv P d`` of these tokens, turned by angles in fp32 and rounded once."""
+    block, angles = model.layers[0], rotary_angles(places, model.config)
+    plain = block.qkv(block.norm1(tokens)).split(block.split, dim=-1)[1].float()
+    for own, key in zip(plain.split(model.config.attention_head_dim, dim=-1), keys, strict=True):
+        torch.testing.assert_close(key.float(), turn(own, angles), rtol=2**-8, atol=1e-3)
 
 
 def test_checkpointing_spares_the_heads_blocks_too():
@@ -356,24 +430,59 @@ def test_unpadded_text_is_masked_by_no_table(fusion, monkeypatch):
         return sdpa(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr("psvae.nn.attention.scaled_dot_product_attention", watched)
-    model = tiny_model(fusion=fusion)
+    model = tiny_model(fusion=fusion, head="linear")
     with torch.no_grad():
-        model.encode_prefix(words())
+        prefix = model.encode_prefix(words())
         model.encode_prefix(words(), torch.ones(2, 5))
+        model(latents(2, 3, 4), sigmas(), prefix)
         assert set(seen) == {None}
         seen.clear()
-        model.encode_prefix(words(), source_latents=latents(2, 2, 2))
+        prefix = model.encode_prefix(words(), source_latents=latents(2, 2, 2))
         assert set(seen) == {None, (1, 1, 10, 9)}  # one for all items; two queries share a key head
+        seen.clear()
+        model(latents(2, 3, 4), sigmas(), prefix)
+        assert set(seen) == {None}
+        prefix = model.encode_prefix(words(), padded("left"))
+        seen.clear()
+        model(latents(2, 3, 4), sigmas(), prefix)
+        assert set(seen) == {(2, 1, 1, 5 + 12)}  # one row for all queries
 
 
 def test_output_is_zero_at_first():
-    for fields in ({}, {"head": "linear"}, {"fusion": "mot"}):
+    for fields in ({"head": "linear"}, *FUSIONS.values()):
         model = DeepFusionDiT(tiny_config(**fields))
-        assert model(latents(2), sigmas(), input_ids=words()).sample.abs().max() == 0
+        assert model(latents(2), sigmas(), **text_of(model)).sample.abs().max() == 0
 
 
-def test_both_predictions_mean_one_velocity():
-    """A linear toy: where x̂ = c x_σ, v = (1 − c) x_σ / σ."""
+def linear_toy(factor, **fields):
+    """A model that predicts factor · x_σ: its block adds nothing, and beside one loud channel, the last, the norm
+    divides all others by one number."""
+    model, loud = tiny_model(num_layers=1, head="linear", image_position="none", time_conditioning=None, **fields), 1e4
+    block, embed, out = model.layers[0], model.embed_latents, model.head.out
+    with torch.no_grad():
+        for x in (block.proj.weight, block.mlp.down.weight, embed.weight, embed.bias, out.weight, out.bias):
+            x.zero_()
+        model.norm.weight.fill_(1)
+        embed.bias[-1] = loud
+        embed.weight[:Z] = torch.eye(Z)
+        out.weight[:, :Z] = torch.eye(Z) * factor * loud / model.config.hidden_size**0.5
+    return model
+
+
+@pytest.mark.parametrize(("sigma", "floor"), [(0.9, 0.05), (0.3, 0.05), (0.01, 0.05), (0.3, 0.5)])
+def test_both_predictions_mean_one_velocity(sigma, floor):
+    """A linear toy: where x̂ = c x_σ, v = (1 − c) x_σ / max(σ, floor)."""
+    x, c = latents(2, 3, 3), 0.7
+    wanted = (1 - c) / max(sigma, floor)
+    by_clean = linear_toy(c, prediction="sample", sigma_floor=floor)
+    by_velocity = linear_toy(wanted)
+    with torch.no_grad():
+        for model in (by_clean, by_velocity):
+            got = model(x, torch.full((2,), sigma), input_ids=words()).sample
+            torch.testing.assert_close(got, wanted * x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_heads_numbers_are_read_as_clean_latents():
     x, sigma = latents(2, 3, 3), sigmas()
     model = tiny_model(prediction="sample", head="linear")
     with torch.no_grad():

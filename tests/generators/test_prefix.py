@@ -2,13 +2,19 @@
 
 import copy
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import psvae
 from psvae import DeepFusionDiT, DeepFusionDiTConfig, PrefixCache
 from psvae.errors import ShapeError
 from psvae.nn.positions import sincos_grid
@@ -224,6 +230,15 @@ def test_a_mask_of_another_prompt_is_refused(name):
         PrefixCache.from_hf(cache, **{name: torch.ones(2, 5, dtype=torch.long)})
 
 
+def test_an_empty_branch_decides_no_dtype():
+    model = shared_model()
+    with torch.no_grad():
+        text = model.encode_prefix(words()).to(dtype=torch.bfloat16)
+    empty = PrefixCache.empty(model.config, 2)
+    for parts in ([text, empty], [empty, text]):
+        assert PrefixCache.concat_batch(parts).keys.dtype == torch.bfloat16
+
+
 # As the condition of a model of another width
 
 
@@ -295,6 +310,38 @@ def test_hidden_states_go_through_each_blocks_projection():
             torch.testing.assert_close(prefix.keys[index, 0], torch.cat([y.real, y.imag], -1), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(prefix.values[index, 0], values.view(5, 2, 12).transpose(0, 1))
     assert prefix.next_position.tolist() == [5]
+
+
+WITHOUT_THE_LANGUAGE_MODEL = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from psvae import DeepFusionDiT
+
+text, model = load_file("text.safetensors"), DeepFusionDiT.from_pretrained("model")
+with torch.no_grad():
+    prefix = model.encode_prefix(encoder_hidden_states=text["states"], attention_mask=text["mask"])
+    sample = model(text["noise"], text["sigmas"], prefix).sample
+save_file({"sample": sample.contiguous()}, "sample.safetensors")
+print("transformers" in sys.modules)
+"""
+
+
+def test_hidden_states_of_a_file_need_no_language_model(tmp_path):
+    """A text model runs once, over all captions; its states are stored and condition where it is not installed."""
+    ids, mask = words(), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    hf = language_model(T.Qwen2Config)
+    with torch.no_grad():
+        states = torch.stack(hf(ids, attention_mask=mask, output_hidden_states=True).hidden_states)
+    model, noise, sigmas = tiny_model(text_hidden_size=48, text_layers=3), latents(2, 3, 4), torch.tensor([0.3, 0.6])
+    model.save_pretrained(tmp_path / "model")
+    save_file({"states": states, "mask": mask, "noise": noise, "sigmas": sigmas}, tmp_path / "text.safetensors")
+    command = [sys.executable, "-c", WITHOUT_THE_LANGUAGE_MODEL]
+    environment = os.environ | {"PYTHONPATH": str(Path(psvae.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.stdout.strip() == "False", done.stderr
+    with torch.no_grad():
+        wanted = model(noise, sigmas, encoder_hidden_states=states, attention_mask=mask).sample
+    torch.testing.assert_close(load_file(tmp_path / "sample.safetensors")["sample"], wanted)
 
 
 @pytest.mark.parametrize("image_rope", ["shared_index", "mrope"])

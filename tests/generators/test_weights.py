@@ -224,9 +224,7 @@ def test_without_an_embedding_words_come_embedded(headed, tmp_path):
 def assert_goes_back(layout, model, state, source):
     """The key map's other direction gives each of the file's tensors, and no others."""
     header = {name: tuple(x.shape) for name, x in source.items()}
-    theirs = {}
-    for key, rule in layout.rules(list(state), model.config.to_dict(), header).items():
-        theirs |= rule.save(rule.theirs, state[key])
+    theirs = layout.save(state, model.config.to_dict(), header)
     wanted = {
         name: x for name, x in source.items() if not name.startswith(layout.unneeded(model.config.to_dict(), header))
     }
@@ -521,6 +519,14 @@ def test_rae_head_of_another_number_of_heads_is_refused(heads, tmp_path):
     untold = {name: x for name, x in weights.items() if "_rope" not in name}
     save_file(untold, tmp_path / "untold.safetensors")
     model.load_rae_head(tmp_path / "untold.safetensors")
+
+
+@pytest.mark.parametrize("place", ["nowhere/out.safetensors", "folder"])
+def test_rae_head_that_cannot_be_written_leaves_nothing(place, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match=rf"could not write .*{place} .*what was there is untouched"):
+        head_model().export_rae_head(tmp_path / place)
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
 
 
 def test_linear_head_is_not_raes(tmp_path):
