@@ -38,9 +38,9 @@ from checkpoints import (
     write_text,
 )
 from data import DataOptions, batches, validation_images
-from measures import fast_precision, measure
+from measures import fast_precision, load_lpips, measure
 from pictures import save_samples
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from psvae import PSVAE, PSVAEConfig, SemanticEncoder, fit_latent_statistics, losses
@@ -374,18 +374,6 @@ def build_model(options: Options, stage: int) -> PSVAE:
     file = None if options.encoder_weights == "timm" else options.encoder_weights
     encoder = SemanticEncoder.from_timm(**{**chosen.to_dict(), "file": file})
     return PSVAE.from_encoder(encoder, config)
-
-
-def load_lpips() -> nn.Module:
-    """LPIPS on VGG-16 with frozen parameters."""
-    import lpips
-
-    try:
-        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    except OSError as error:
-        raise SystemExit(
-            f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without"
-        ) from error
 
 
 if __name__ == "__main__":

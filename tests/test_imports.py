@@ -45,6 +45,9 @@ ONLY_IN = {
 HEAVY = ("timm", "torchvision", "diffusers", "transformers", "matplotlib", "accelerate")
 
 PUBLIC = [
+    "AlignmentNet",
+    "AlignmentNetConfig",
+    "AlignmentOutput",
     "DeepFusionDiT",
     "DeepFusionDiTConfig",
     "DiagonalGaussian",
@@ -69,7 +72,9 @@ PUBLIC = [
     "fit_latent_statistics",
     "flow",
     "load_latent_statistics",
+    "load_reals",
     "losses",
+    "save_reals",
 ]
 
 

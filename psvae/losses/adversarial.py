@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from psvae.shapes import Images
 
-__all__ = ["PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", "generator_hinge_loss"]
+__all__ = [
+    "PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", "generator_hinge_loss", "gradient_ratio",
+]  # fmt: skip
 
 
 class PatchDiscriminator(nn.Module):
@@ -70,5 +72,17 @@ def adaptive_weight(
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    ratio = of_reconstruction.float().norm() / (of_generator.float().norm() + eps)
+    return gradient_ratio(of_reconstruction, of_generator, maximum=maximum, eps=eps)
+
+
+def gradient_ratio(of_reconstruction: Tensor, of_other: Tensor, *, maximum: float = 1e8, eps: float = 1e-4) -> Tensor:
+    """‖∇ reconstruction‖ / (‖∇ other‖ + eps), clamped and detached: the weight that makes both pull alike.
+
+    VQGAN balances its adversary so (Esser et al. 2021, eq. 7), VA-VAE its alignment.
+
+    Args:
+        of_reconstruction, of_other: gradients of the two losses at one weight: the last layer of the decoder for an
+            adversary, of the encoder for an alignment.
+    """
+    ratio = of_reconstruction.float().norm() / (of_other.float().norm() + eps)
     return ratio.clamp(0.0, maximum).detach()
