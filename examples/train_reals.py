@@ -103,7 +103,7 @@ class Options:
     teacher_features: Literal["normed", "pre_norm"] = "normed"
     """What latents are aligned with. Segmentation heads of DINOv2 read normed tokens, its depth heads pre-norm ones."""
     merge: Literal[1, 2] = 1
-    """Latent cells per teacher token on each axis: 1 shows the teacher patch x patch pixels per cell, 2 half of that."""
+    """Latent cells per teacher token on each axis: 1 shows the teacher one patch per cell, 2 half of that."""
     align_hidden: int = 1024
     """Width of the two MLPs."""
     losses: LossOptions = field(default_factory=LossOptions)
