@@ -3,10 +3,11 @@
     accelerate launch examples/train_reals.py --data.path /data/imagenet/train --vae stabilityai/sd-vae-ft-mse \\
         --output outputs/reals
 
-The teacher (DINOv2) is frozen; encoder, decoder and both MLPs of the alignment network are trained. Its figure names
-the terms: MSE, LPIPS, the adversary, KL and alignment. Weights, optimiser and schedule it does not give: each is an
+The teacher (DINOv2) is frozen; encoder, decoder and both MLPs of the alignment network are trained. The paper's figure
+names the terms: MSE, LPIPS, the adversary, KL and alignment. Weights, optimiser and schedule are open: each is an
 option here, its default the nearest project's, as its help says.
 
+`--kl 1e-6 1e-4 1e-2` trains one VAE for each KL weight and draws what became of them (the paper's Figure 5).
 One file for one CPU, one GPU and DDP: `accelerate config` chooses. `--resume` continues a killed run. `--help` lists
 every option; examples/README.md has the full-size command.
 """
@@ -15,13 +16,14 @@ import json
 import shlex
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from checkpoints import (
     Ema,
@@ -37,7 +39,8 @@ from checkpoints import (
     write_options,
     write_text,
 )
-from data import DataOptions, batches, validation_images
+from data import Batch, DataOptions, batches, validation_images
+from kl_sweep import sweep
 from measures import active_channels, load_lpips, picture_measures
 from pictures import save_samples
 from torch import Tensor, nn
@@ -48,134 +51,176 @@ from psvae import (
     AlignmentNet,
     AlignmentNetConfig,
     AlignmentOutput,
+    DiagonalGaussian,
     PixelVAE,
     PixelVAEConfig,
-    PixelVAEOutput,
     SemanticEncoder,
     fit_latent_statistics,
     losses,
     save_reals,
 )
+from psvae.encoders import EncoderTokens
+
+FOR_PATCHGAN = 24  # the smallest picture of which the discriminator makes a logit, in pixels
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Weights of the terms, every one a mean unless it says otherwise."""
+    """Weights of the terms. The paper's figure says which terms there are and gives no weight; each term is a mean
+    unless it says otherwise."""
 
     mse: float = 1.0
     """Of the squared error; the figure's "MSE Loss"."""
     perceptual: float = 1.0
-    """Of LPIPS (VGG), whose weights torchvision downloads. 0 leaves it out. LDM's."""
+    """Of LPIPS (VGG), whose weights torchvision downloads; LDM's. 0 leaves it out."""
     kl: float = 1e-6
-    """Of the KL to N(0, 1). Summed over a latent beside mean pixel terms, as in REPA-E, it pulls far harder than in
-    LDM, as the released latents' scale suggests of ReaLS. The paper scans it; so does `--kl`."""
+    """Of the KL to N(0, 1), for one run; open. Summed over a latent beside mean pixel terms, as in REPA-E, it pulls far
+    harder than in LDM, as the scale of the released latents suggests of ReaLS."""
     kl_reduction: Literal["sum", "mean"] = "sum"
-    """Over channels and cells."""
+    """Over channels and cells; open, LDM's."""
     patch: float = 1.0
-    """Of the alignment of every latent cell. 0, with `--losses.cls 0`, trains a plain VAE."""
+    """Of the alignment of every latent cell; open. 0, with `--losses.cls 0`, trains a plain VAE without a teacher."""
     cls: float = 1.0
-    """Of the alignment of pooled latents to the CLS token."""
+    """Of the alignment of pooled latents to the CLS token; open."""
+    cosine: float = 0.9
+    """Of 1 - cosine in the alignment, known at second hand; AM-RADIO's."""
+    smooth_l1: float = 0.1
+    """Of smooth L1 in the alignment, likewise."""
     form: Literal["reals", "margins"] = "reals"
-    """`reals`: 0.9 (1 - cos) + 0.1 smooth L1. `margins`: VA-VAE's two terms, of cells alone."""
+    """Of the cells' alignment. `margins`: VA-VAE's two terms, to which it adds no CLS term (`--losses.cls 0`)."""
+    margins: tuple[float, float] = (0.5, 0.25)
+    """VA-VAE's, of the cosine and of the cells' similarity."""
     adaptive: bool = False
-    """Weigh the alignment by VA-VAE's ratio of gradients at the encoder's last layer, times its weights."""
+    """Weigh the alignment by VA-VAE's ratio of gradients at the encoder's last layer, times the weights above (its own:
+    0.1); open."""
+    detach: bool = False
+    """Let the alignment network read the latents and teach the VAE nothing: a plain VAE to compare with."""
     adversarial: float = 0.5
-    """Of the PatchGAN term, times LDM's adaptive weight. 0 leaves the discriminator out."""
+    """Of the hinge PatchGAN, times LDM's adaptive weight; open, LDM's. 0 leaves the discriminator out."""
     adversarial_start: int = 50_001
-    """Step from which it counts (LDM: 50 001)."""
+    """Step from which it counts; open, LDM's."""
     equivariance: float = 0.0
-    """Share of steps on which latents and target are scaled and turned alike (EQ-VAE: 0.5)."""
+    """Share of steps on which latents and target are scaled and turned alike; no part of ReaLS (EQ-VAE: 0.5)."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train a ReaLS VAE."""
+    """Train a ReaLS VAE. "Open" is what the paper does not say."""
 
     data: DataOptions
     output: Path = Path("outputs/reals")
     """Everything is written below it: vae/ and alignment/ (what `load_reals` reads), checkpoints, samples, logs."""
+    kl: tuple[float, ...] = ()
+    """Several KL weights: a run for each below output/kl..., then output/kl_sweep.png. `--resume` continues; finished
+    runs are not trained again."""
     vae: str | None = None
-    """Folder or Hub id of any VAE that PixelVAE reads, to start from; None for random weights."""
+    """Folder or Hub id of any VAE that PixelVAE reads, to start from; None for random weights. Open; as EQ-VAE, an SD
+    VAE is the natural start."""
     model: Path | None = None
     """JSON file of PixelVAEConfig for random weights; None is SD's."""
-    teacher: str = "vit_base_patch14_reg4_dinov2.lvd142m"
-    """A timm name (its published weights), or a folder saved by psvae. The paper says DINOv2."""
+    teacher: str = "vit_base_patch14_dinov2.lvd142m"
+    """A timm name (its published weights), or a folder of psvae, timm or transformers. The paper says DINOv2, its size
+    is open; REPA's."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
-    """What latents are aligned with. Segmentation heads of DINOv2 read normed tokens, its depth heads pre-norm ones."""
+    """What cells are aligned with; open. Segmentation heads of DINOv2 read normed tokens, its depth heads pre-norm
+    ones."""
     merge: Literal[1, 2] = 1
-    """Latent cells per teacher token on each axis: 1 shows the teacher one patch per cell, 2 half of that."""
+    """Latent cells per teacher token on each axis: 1 shows the teacher one patch per cell (448 px for 32 x 32 latents),
+    as the figure is drawn, 2 half of that; open."""
+    align_layers: int = 3
+    """Of each MLP; open, REPA's."""
     align_hidden: int = 1024
-    """Width of the two MLPs."""
+    """Width of the two MLPs; open, SoftVQ-VAE's."""
+    align_activation: Literal["silu", "gelu"] = "silu"
+    """Open, REPA's."""
+    align_pooling: Literal["mean", "max"] = "mean"
+    """Of latents for MLP_cls; open."""
     losses: LossOptions = field(default_factory=LossOptions)
     steps: int = 200_000
-    """Not stated by the paper."""
+    """Open."""
     batch_size: int = 8
-    """Per process and accumulation step; VA-VAE's 256 is 32 processes of 8."""
+    """Per process and accumulation step; open: VA-VAE's 256 is 32 processes of 8."""
     accumulate: int = 1
     lr: float = 1e-4
-    """VA-VAE's."""
+    """Open, VA-VAE's."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """LDM's."""
+    """Of Adam; open, LDM's."""
     warmup: int = 1000
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; open."""
     final_lr: float = 1.0
     """Share of the learning rate that a cosine reaches at the end; 1 keeps it constant."""
     clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm, of the VAE and of the alignment network each; open."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved; 0 for none."""
+    """Decay of the averaged weights, which are the ones saved; open. 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     seed: int = 0
     resume: bool = False
     """Continue from the newest checkpoint below the output."""
     log_every: int = 50
     sample_every: int = 2000
+    """Sample grids, and the validation measures into the log."""
     checkpoint_every: int = 2000
     keep_checkpoints: int = 2
     validation: str | None = None
     """Images of the same kind as the data; without it the first ones of the training data."""
     validation_count: int = 64
     statistics_batches: int = 100
-    """Batches from which mean_std.json is measured."""
+    """Batches of each process from which mean_std.json is measured."""
     tracker: str = "tensorboard"
     """Any of accelerate's trackers, or `none`."""
 
 
 class Output(NamedTuple):
-    """Of one pass."""
+    """Of one pass.
 
-    vae: PixelVAEOutput
-    aligned: AlignmentOutput
-    turned: Tensor | None
-    """Decoded from transformed latents, ``B 3 H' W'``."""
+    Attributes:
+        sample: decoded from the sampled latents, or from the transformed ones, ``B 3 H W``.
+        latents: ``B Z h w``, sampled, raw.
+        parameters: of the posterior.
+        aligned: what the alignment network reads from the latents; None without one.
+    """
+
+    sample: Tensor
+    latents: Tensor
+    parameters: Tensor
+    aligned: AlignmentOutput | None
 
 
 class Aligned(nn.Module):
     """What is trained, behind one forward, so that DDP sees every gradient."""
 
-    def __init__(self, vae: PixelVAE, alignment: AlignmentNet) -> None:
+    def __init__(self, vae: PixelVAE, alignment: AlignmentNet | None, detach: bool = False) -> None:
         super().__init__()
-        self.vae, self.alignment = vae, alignment
+        self.vae, self.alignment, self.detach = vae, alignment, detach
 
-    def forward(self, images: Tensor, noise: torch.Generator, turn: "Turn | None") -> Output:
-        """Images ``B 3 H W`` in [-1, 1] → reconstruction, and the features read from the sampled latents."""
-        output = self.vae(images, sample_posterior=True, generator=noise)
-        turned = None if turn is None else self.vae.decode(turn.latents(output.latents)).sample
-        return Output(output, self.alignment(output.latents), turned)
+    def forward(self, images: Tensor, noise: list[torch.Generator], turn: "Turn | None" = None) -> Output:
+        """Images ``B 3 H W`` in [-1, 1] → what the losses need."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.sample(noise)
+        sample = self.vae.decode(latents if turn is None else turn.latents(latents)).sample
+        read = latents.detach() if self.detach else latents
+        aligned = None if self.alignment is None else self.alignment(read)
+        return Output(sample, latents, posterior.parameters, aligned)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """EQ-VAE's transformation: a scale, then quarter turns."""
+    """EQ-VAE's transformation: a scale of 8/32 to 31/32, then one to three quarter turns."""
+
+    SMALLEST, PARTS = 8, 32
 
     scale: float
     quarters: int
 
     @classmethod
-    def draw(cls, noise: torch.Generator) -> "Turn":
-        """8/32 to 31/32, and one to three quarters."""
-        numbers = torch.randint(8, 32, (1,), generator=noise), torch.randint(1, 4, (1,), generator=noise)
-        return cls(numbers[0].item() / 32, int(numbers[1]))
+    def draw(cls, share: float, *place: object) -> "Turn | None":
+        """One for that share of the places, the same for a place every time."""
+        noise = generator(*place, "turn")
+        if torch.rand(1, generator=noise) >= share:
+            return None
+        parts = torch.randint(cls.SMALLEST, cls.PARTS, (1,), generator=noise)
+        return cls(parts.item() / cls.PARTS, int(torch.randint(1, 4, (1,), generator=noise)))
 
     def latents(self, latents: Tensor) -> Tensor:
         """``B Z h w`` → ``B Z w' h'``, whole cells."""
@@ -189,16 +234,42 @@ class Turn:
         return torch.rot90(F.interpolate(maps, size, mode="bilinear"), self.quarters, (2, 3))
 
 
-def main(options: Options) -> dict[str, float]:
-    """Train; returns the validation measures."""
+def main(options: Options) -> dict[str, Any]:
+    """Train one VAE, or one for each weight of ``--kl``; returns the validation measures."""
+    numbers = sweep(options, train) if options.kl else train(options)
+    PartialState().destroy_process_group()
+    return numbers
+
+
+def train(options: Options) -> dict[str, float]:
+    """Train one VAE, unless ``--resume`` finds it trained; returns the validation measures."""
+    check(options)
     refuse_to_start_over(options.output / "checkpoints", options.resume)
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=not aligns(options.losses), broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = accelerator_for(options, options.mixed_precision, kwargs_handlers=[ddp])
     if accelerator.distributed_type == DistributedType.FSDP:
         raise SystemExit("this training weighs losses by whole layers' gradients; wanted one process or DDP")
     numbers = Training(options, accelerator).run()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return numbers
+
+
+def check(options: Options) -> None:
+    """What would only show after models are loaded.
+
+    Raises:
+        SystemExit: options that do not go together.
+    """
+    weights = options.losses
+    if weights.adaptive and (weights.detach or not aligns(weights)):
+        raise SystemExit("--losses.adaptive weighs gradients that the alignment gives the VAE; here it gives it none")
+    smallest = options.data.size * Turn.SMALLEST / Turn.PARTS
+    if weights.equivariance and weights.adversarial and smallest < FOR_PATCHGAN:
+        raise SystemExit(
+            f"equivariance shrinks images of {options.data.size} px to {smallest:g} px, and the discriminator needs "
+            f"{FOR_PATCHGAN}: pass --losses.adversarial 0, or a larger --data.size"
+        )
 
 
 class Training:
@@ -206,26 +277,61 @@ class Training:
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
         self.options, self.accelerator = options, accelerator
-        self.checkpoints = options.output / "checkpoints"
+        self.checkpoints, self.done = options.output / "checkpoints", options.output / "metrics.json"
+        self.step = 0
         self.unreadable: set[str] = set()
+
+    def run(self) -> dict[str, float]:
+        options, accelerator = self.options, self.accelerator
+        if options.resume and self.done.exists():
+            accelerator.print(f"{options.output} is trained already")
+            return json.loads(self.done.read_text(encoding="utf-8"))
+        self.build()
+        self.step = first_step(accelerator, self.checkpoints)
+        write_options(accelerator, options.output, options)
+        if self.step:
+            accelerator.print(f"continues from step {self.step}")
+            self.unreadable = read_names(options.output / "unreadable.txt")
+        elif accelerator.is_main_process:
+            self.done.unlink(missing_ok=True)  # of an earlier run: a later --resume must not take it for this one's
+        stream = batches(
+            options.data, options.batch_size, options.seed, accelerator.process_index, accelerator.num_processes,
+            start=self.step * options.accumulate,
+        )  # fmt: skip
+        bar = tqdm(initial=self.step, total=options.steps, disable=not accelerator.is_main_process)
+        while self.step < options.steps:
+            terms = self.train_step(stream)
+            self.step += 1
+            bar.update()
+            if self.step % options.log_every == 0:
+                numbers = mean_of(accelerator, terms)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()})
+                accelerator.log(numbers, step=self.step)
+            if self.step % options.sample_every == 0 and self.step < options.steps:
+                self._show(self._averaged(), f"step{self.step:07d}.png")
+            if self.step % options.checkpoint_every == 0 and self.step < options.steps:
+                self._save_checkpoint()
+        bar.close()
+        return self._finish(stream)
+
+    def build(self) -> None:
+        """Models, optimisers and held-out images."""
+        options, accelerator = self.options, self.accelerator
         held_out = replace(options.data, path=options.validation or options.data.path)
         self.held_out = validation_images(held_out, options.validation_count)
         torch.manual_seed(options.seed)
+        self.teacher = self.perceptual = self.discriminator = None
         with accelerator.main_process_first():  # one process downloads, the others find the files
             vae = build_vae(options)
-            self.teacher = build_teacher(options, vae).to(accelerator.device)
-            self.perceptual = load_lpips().to(accelerator.device) if options.losses.perceptual else None
-        alignment = AlignmentNet(
-            AlignmentNetConfig(
-                vae.config.latent_channels, self.teacher.feature_dim, hidden_dim=options.align_hidden,
-                merge=options.merge, stride=vae.latent_spec.stride,
-            )
-        )  # fmt: skip
-        self.configs = vae.config, alignment.config
-        model = Aligned(vae, alignment).train()
+            if aligns(options.losses):
+                self.teacher = build_teacher(options, vae).to(accelerator.device)
+            if options.losses.perceptual:
+                self.perceptual = load_lpips().to(accelerator.device)
+        alignment = None if self.teacher is None else build_alignment(options, vae, self.teacher)
+        self.configs = vae.config, alignment and alignment.config
+        model = Aligned(vae, alignment, options.losses.detach).train()
         optimizer = torch.optim.Adam(model.parameters(), options.lr, options.betas)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.discriminator: Any = None
         if options.losses.adversarial:
             network = losses.PatchDiscriminator()
             adversary = torch.optim.Adam(network.parameters(), options.lr, options.betas)
@@ -234,120 +340,100 @@ class Training:
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
 
-    def run(self) -> dict[str, float]:
-        options, accelerator = self.options, self.accelerator
-        self.step = first_step(accelerator, self.checkpoints)
-        write_options(accelerator, options.output, options)
-        if self.step:
-            accelerator.print(f"continues from step {self.step}")
-            self.unreadable = read_names(options.output / "unreadable.txt")
-        stream = batches(
-            options.data, options.batch_size, options.seed, accelerator.process_index, accelerator.num_processes,
-            start=self.step * options.accumulate,
-        )  # fmt: skip
-        bar = tqdm(initial=self.step, total=options.steps, disable=not accelerator.is_main_process)
-        while self.step < options.steps:
-            terms = self._train_step(stream)
-            self.step += 1
-            bar.update()
-            if self.step % options.log_every == 0:
-                numbers = mean_of(accelerator, terms)
-                bar.set_postfix({name: f"{value:.3f}" for name, value in numbers.items()})
-                accelerator.log(numbers, step=self.step)
-            if self.step % options.sample_every == 0:
-                self._sample()
-            if self.step % options.checkpoint_every == 0 and self.step < options.steps:
-                self._save_checkpoint()
-        bar.close()
-        return self._finish(stream)
-
-    def _train_step(self, stream: Any) -> dict[str, Tensor]:
+    def train_step(self, stream: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step of all, then one of the discriminator; the mean of its terms. Rate and noise depend on the
-        step alone, so a resumed run repeats them."""
+        place in the stream alone: a resumed run repeats them, and so do more processes with smaller batches."""
         options, accelerator = self.options, self.accelerator
         for optimizer in [self.optimizer] if self.discriminator is None else [self.optimizer, self.adversary]:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, self.step, options.steps)
+        turn = Turn.draw(options.losses.equivariance, options.seed, self.step)
         means: dict[str, Tensor] = {}
         for part in range(options.accumulate):
             batch = next(stream)
             self.unreadable.update(batch.unreadable)
             images = batch.images.to(accelerator.device, non_blocking=True)
-            position = (options.seed, self.step, part, accelerator.process_index)
-            noise = torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
-            turn = Turn.draw(noise) if torch.rand(1, generator=noise) < options.losses.equivariance else None
+            first = (self.step * options.accumulate + part) * options.batch_size
+            rank, world = accelerator.process_index, accelerator.num_processes
+            noise = [generator(options.seed, (first + item) * world + rank) for item in range(len(images))]
             with accelerator.accumulate(*[net for net in (self.model, self.discriminator) if net is not None]):
                 output = self.model(images, noise, turn)
-                terms = self._losses(output, images, turn)
+                target = images if turn is None else turn.images(images, self._plain().vae.latent_spec.stride)
+                terms = self._losses(output, images, target)
+                if self._adversary_counts():
+                    terms["discriminator"] = self._discriminator_loss(target, output.sample)
                 self._stop_at_nan(terms)
                 accelerator.backward(terms["total"])
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), options.clip)
+                    self._clip()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                if self._adversary_counts():
-                    terms["discriminator"] = self._train_discriminator(images, output.vae.sample.detach())
+                if "discriminator" in terms:
+                    accelerator.backward(terms["discriminator"])
+                    self.adversary.step()
+                    self.adversary.zero_grad()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.detach() / options.accumulate
         if self.ema is not None:
             self.ema.update(self.model)
         return means
 
-    def _losses(self, output: Output, images: Tensor, turn: Turn | None) -> dict[str, Tensor]:
+    def _losses(self, output: Output, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The figure's terms by name, and their weighted sum as ``total``."""
-        weights, model = self.options.losses, self.accelerator.unwrap_model(self.model)
-        terms: dict[str, Tensor] = {}
-        target = images if turn is None else turn.images(images, model.vae.latent_spec.stride)
-        shown = output.vae.sample if output.turned is None else output.turned
-        pixel = weights.mse * losses.pixel_loss(
-            shown, target, norm="l2", perceptual=self.perceptual, perceptual_weight=weights.perceptual
-        )
-        terms["pixel"], total = pixel.detach(), pixel
-        if weights.kl:
-            kl = losses.kl_loss(output.vae.posterior, reduction=weights.kl_reduction)
-            terms["kl"], total = kl.detach(), total + weights.kl * kl
-        if aligns(weights):
+        weights, vae = self.options.losses, self._plain().vae
+        pixel = F.mse_loss(output.sample.float(), target)
+        terms = {"mse": pixel.detach()}
+        pixel = weights.mse * pixel
+        if self.perceptual is not None:  # frozen, but not under no_grad: its gradient is the term
+            lpips = self.perceptual(output.sample.float(), target).mean()
+            terms["lpips"], pixel = lpips.detach(), pixel + weights.perceptual * lpips
+        kl = losses.kl_loss(DiagonalGaussian(output.parameters), reduction=weights.kl_reduction)
+        terms["kl"], total = kl.detach(), pixel + weights.kl * kl
+        if output.aligned is not None:
             align = self._alignment(output.aligned, images, terms)
             if weights.adaptive:
-                last = model.vae.encoder.conv_out.weight
+                last = vae.encoder.conv_out.weight
                 gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (pixel, align)]
                 terms["ratio"] = losses.gradient_ratio(*gradients)
                 align = terms["ratio"] * align
             total = total + align
         if self._adversary_counts():
             network = self.accelerator.unwrap_model(self.discriminator).requires_grad_(False)  # leave no gradient there
-            fooled = losses.generator_hinge_loss(network(shown.float()))
-            weight = losses.adaptive_weight(pixel, fooled, model.vae.decoder.conv_out.weight)
+            fooled = losses.generator_hinge_loss(network(output.sample.float()))
+            weight = losses.adaptive_weight(pixel, fooled, vae.decoder.conv_out.weight)
             terms["adversarial"], total = fooled.detach(), total + weights.adversarial * weight * fooled
-        terms["latent_std"] = output.vae.latents.detach().float().std()
-        terms["total"] = total
-        return terms
+        return terms | {"latent_std": output.latents.detach().float().std(), "total": total}
 
     def _alignment(self, aligned: AlignmentOutput, images: Tensor, terms: dict[str, Tensor]) -> Tensor:
         """The teacher sees the images once, without gradient."""
         weights = self.options.losses
         with torch.no_grad(), self.accelerator.autocast():
             seen = self.teacher(images, return_all=True)
-        patches = seen.features if self.options.teacher_features == "normed" else seen.pre_norm
+        patches = target_of(self.options, seen)
+        shares = {"cosine_weight": weights.cosine, "smooth_l1_weight": weights.smooth_l1}
         if weights.form == "margins":
-            patch = losses.margin_cosine_loss(aligned.patch_features, patches)
-            patch = patch + losses.margin_similarity_loss(aligned.patch_features, patches)
+            cosine, similarity = weights.margins
+            patch = losses.margin_cosine_loss(aligned.patch_features, patches, margin=cosine)
+            patch = patch + losses.margin_similarity_loss(aligned.patch_features, patches, margin=similarity)
         else:
-            patch = losses.alignment_loss(aligned.patch_features, patches)
-        cls = losses.alignment_loss(aligned.global_feature, seen.global_token)
+            patch = losses.alignment_loss(aligned.patch_features, patches, **shares)
+        cls = losses.alignment_loss(aligned.global_feature, seen.global_token, **shares)
         terms |= {"align_patch": patch.detach(), "align_cls": cls.detach()}
         return weights.patch * patch + weights.cls * cls
 
-    def _train_discriminator(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+    def _discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         self.accelerator.unwrap_model(self.discriminator).requires_grad_(True)
-        loss = losses.discriminator_hinge_loss(self.discriminator(images), self.discriminator(reconstruction.float()))
-        self.accelerator.backward(loss)
-        self.adversary.step()
-        self.adversary.zero_grad()
-        return loss.detach()
+        real, fake = self.discriminator(images), self.discriminator(reconstruction.detach().float())
+        return losses.discriminator_hinge_loss(real, fake)
 
     def _adversary_counts(self) -> bool:
         return self.discriminator is not None and self.step + 1 >= self.options.losses.adversarial_start
+
+    def _clip(self) -> None:
+        """Each by itself, so that an alignment network that only reads leaves the VAE as it would be without one."""
+        self.accelerator.unscale_gradients()
+        for part in self._plain().children():
+            nn.utils.clip_grad_norm_(part.parameters(), self.options.clip)
 
     def _stop_at_nan(self, terms: dict[str, Tensor]) -> None:
         """Before the weights are spoilt: save what there is, name the term."""
@@ -355,7 +441,8 @@ class Training:
         spoilt = self.accelerator.reduce((~values.isfinite()).float(), "sum")
         if spoilt.any():
             names = [name for name, bad in zip(terms, spoilt.tolist(), strict=True) if bad]
-            self._save_checkpoint()
+            if not (self.checkpoints / f"step{self.step:07d}").exists():
+                self._save_checkpoint()
             raise SystemExit(
                 f"step {self.step}: {', '.join(names)} became NaN or infinite; the state before it is saved in "
                 f"{self.checkpoints}: go on with --resume and a smaller --lr, or without that term"
@@ -365,31 +452,36 @@ class Training:
         write_names(self.accelerator, self.unreadable, self.options.output / "unreadable.txt")
         save_checkpoint(self.accelerator, self.checkpoints, self.step, self.options.keep_checkpoints)
 
+    def _plain(self) -> Aligned:
+        return self.accelerator.unwrap_model(self.model)
+
     def _averaged(self) -> Any:
         def plain() -> Aligned:
-            return Aligned(PixelVAE(self.configs[0]), AlignmentNet(self.configs[1]))
+            vae, alignment = self.configs
+            return Aligned(PixelVAE(vae), None if alignment is None else AlignmentNet(alignment))
 
         return averaged(self.accelerator, self.model, self.ema, plain)
 
-    def _sample(self) -> None:
-        model = self._averaged()
+    def _show(self, model: Aligned, name: str) -> dict[str, float]:
+        """A sample grid, and the validation measures, logged."""
+        numbers = validate(model, self.teacher, self.held_out, self.options, self.accelerator)
+        self.accelerator.log({f"val_{name}": value for name, value in numbers.items()}, step=self.step)
         if self.accelerator.is_main_process:
-            path = self.options.output / "samples" / f"step{self.step:07d}.png"
-            save_samples(model.vae, self.held_out[:8].to(self.accelerator.device), path)
+            shown = self.held_out[:8].to(self.accelerator.device)
+            save_samples(model.vae, shown, self.options.output / "samples" / name)
+        return numbers
 
-    def _finish(self, stream: Any) -> dict[str, float]:
+    def _finish(self, stream: Iterator[Batch]) -> dict[str, float]:
         """Measure the latents' statistics, validate, save."""
         options, accelerator = self.options, self.accelerator
         model = self._averaged()
-        fit_latent_statistics(
-            model.vae, (next(stream).images.to(accelerator.device) for _ in range(options.statistics_batches))
-        )
-        numbers = validate(model, self.teacher, self.held_out, options, accelerator)
+        numbers = self._show(model, "final.png")
+        seen = (next(stream).images.to(accelerator.device) for _ in range(options.statistics_batches))
+        fit_latent_statistics(model.vae, seen)
         if accelerator.is_main_process:
-            save_samples(model.vae, self.held_out[:8].to(accelerator.device), options.output / "samples" / "final.png")
             save_reals(options.output, model.vae, model.alignment)
-            write_text(options.output / "metrics.json", json.dumps(numbers, indent=2))
             write_text(options.output / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
+            write_text(self.done, json.dumps(numbers, indent=2))
         accelerator.print(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         names = write_names(accelerator, self.unreadable, options.output / "unreadable.txt")
         if names and accelerator.is_main_process:
@@ -398,32 +490,65 @@ class Training:
         return numbers
 
 
+def generator(*place: object) -> torch.Generator:
+    """The same numbers for a place every time."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
+
+
 def aligns(weights: LossOptions) -> bool:
     """Or trains a plain VAE."""
     return bool(weights.patch or weights.cls)
 
 
 def build_vae(options: Options) -> PixelVAE:
-    """What `--vae` names, or random weights of `--model`."""
+    """What `--vae` names, or random weights of `--model`. Nothing but mean_std.json is to be applied to its latents."""
+    unscaled: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
     if options.vae is not None:
-        return PixelVAE.from_pretrained(options.vae)
+        return PixelVAE.from_pretrained(options.vae, **unscaled)
     file = options.model
-    return PixelVAE(PixelVAEConfig() if file is None else PixelVAEConfig.from_dict(json.loads(file.read_text())))
+    config = PixelVAEConfig() if file is None else PixelVAEConfig.from_dict(json.loads(file.read_text("utf-8")))
+    return PixelVAE(config.replace(**unscaled))
 
 
 def build_teacher(options: Options, vae: PixelVAE) -> SemanticEncoder:
-    """Frozen, with its own final norm, seeing one patch for each latent cell or each 2 x 2 of them."""
-    stride = vae.latent_spec.stride * options.merge
-    if Path(options.teacher).is_dir():
-        teacher = SemanticEncoder.from_pretrained(options.teacher, stride=stride)
-    else:
+    """Frozen, with its own final norm, seeing one patch for each latent cell or each 2 x 2 of them.
+
+    Raises:
+        SystemExit: no such grid fits the images.
+    """
+    stride, folder = vae.latent_spec.stride * options.merge, Path(options.teacher)
+    if options.data.size % stride:
+        raise SystemExit(
+            f"images of {options.data.size} px give {options.data.size / stride:g} teacher tokens on a side; wanted a "
+            f"--data.size that is a multiple of the VAE's stride {vae.latent_spec.stride} times --merge {options.merge}"
+        )
+    if not folder.is_dir():
         teacher = SemanticEncoder.from_timm(options.teacher, stride=stride, final_norm="affine")
+    elif "_class" in json.loads((folder / "config.json").read_text("utf-8")):
+        teacher = SemanticEncoder.from_pretrained(folder, stride=stride)
+    else:
+        teacher = SemanticEncoder.from_pretrained(folder, stride=stride, final_norm="affine")
     return teacher.eval().requires_grad_(False)
+
+
+def build_alignment(options: Options, vae: PixelVAE, teacher: SemanticEncoder) -> AlignmentNet:
+    """As wide as the teacher, for the latents of the VAE."""
+    return AlignmentNet(
+        AlignmentNetConfig(
+            vae.config.latent_channels, teacher.feature_dim, options.align_layers, options.align_hidden,
+            options.align_activation, options.merge, options.align_pooling, vae.latent_spec.stride,
+        )
+    )  # fmt: skip
+
+
+def target_of(options: Options, seen: EncoderTokens) -> Tensor:
+    """The teacher's patch features that cells are aligned with, ``B D h w``."""
+    return seen.features if options.teacher_features == "normed" else seen.pre_norm
 
 
 @torch.no_grad()
 def validate(
-    model: Aligned, teacher: SemanticEncoder, images: Tensor, options: Options, accelerator: Accelerator
+    model: Aligned, teacher: SemanticEncoder | None, images: Tensor, options: Options, accelerator: Accelerator
 ) -> dict[str, float]:
     """Of the reconstruction from the posterior's mean: psnr, ssim, lpips. Of the features read from it, with the
     teacher's: patch_cosine, cls_cosine. Of the latents: latent_std, active_channels."""
@@ -432,13 +557,14 @@ def validate(
     for part in images.split(options.batch_size):
         part = part.to(accelerator.device)
         with accelerator.autocast():
-            output, seen = model.vae(part), teacher(part, return_all=True)
-            aligned = model.alignment(output.latents)
-        patches = seen.features if options.teacher_features == "normed" else seen.pre_norm
-        row = picture_measures(output.sample, part) | {
-            "patch_cosine": losses.cosine_similarity_map(aligned.patch_features, patches).mean(),
-            "cls_cosine": F.cosine_similarity(aligned.global_feature.float(), seen.global_token.float()).mean(),
-        }
+            output = model.vae(part)
+            aligned = None if model.alignment is None else model.alignment(output.latents)
+            seen = None if teacher is None else teacher(part, return_all=True)
+        row = picture_measures(output.sample, part)
+        if aligned is not None and seen is not None:
+            patches = losses.cosine_similarity_map(aligned.patch_features, target_of(options, seen))
+            of_cls = F.cosine_similarity(aligned.global_feature.float(), seen.global_token.float())
+            row |= {"patch_cosine": patches.mean(), "cls_cosine": of_cls.mean()}
         rows.append({name: float(value) * len(part) for name, value in row.items()})
         moments.append((output.posterior.mean.float(), output.posterior.var.float()))
     means, variances = (torch.cat(parts) for parts in zip(*moments, strict=True))

@@ -15,7 +15,8 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md")
 # Whose options a section names: the first line's beginning, the file, and its classes by the option's prefix.
 TOKENIZER = ("train_tokenizer.py", {"": ["Options"], "losses": ["LossOptions"], "data": ["DataOptions"]})
 GENERATOR = ("train_generator.py", {"": ["TrainingOptions", "Options"], "data": ["PairOptions"]})
-PROGRAMS = {"Training (": TOKENIZER, "The generator's training": GENERATOR, "The variants": TOKENIZER}
+REALS = ("train_reals.py", TOKENIZER[1])
+PROGRAMS = {"Training (": TOKENIZER, "The generator's training": GENERATOR, "The variants": TOKENIZER, "ReaLS (": REALS}
 
 
 def names_in(path: Path) -> set[str]:
@@ -101,7 +102,7 @@ def test_options_exist():
     assert count > 20
 
 
-@pytest.mark.parametrize("start", ["Training (", "The generator's training"])
+@pytest.mark.parametrize("start", ["Training (", "The generator's training", "ReaLS ("])
 def test_training_defaults_are_the_code_s(start):
     section = next(text for heading, text in sections().items() if heading.startswith(start))
     options = defaults(PROGRAMS[start])

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from psvae.config import Config
 from psvae.errors import RangeWarning, ShapeError
@@ -22,7 +24,7 @@ from psvae.shapes import Features, Latents, check_dtype, check_map, readable
 
 __all__ = ["AlignmentNet", "AlignmentNetConfig", "AlignmentOutput"]
 
-_FAR = 3.0  # times as wide or as narrow as expected
+_FAR = 3.0  # times as far from their mean, or as near, as the statistics say
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
 
 
@@ -119,20 +121,27 @@ class AlignmentNet(nn.Module, HubMixin):
         return AlignmentOutput(rearrange(self.patch(cells), "B h w D -> B D h w"), self.cls(pooled))
 
     def _warn_of_scale(self, latents: Latents, normalized: bool) -> None:
-        """Against the statistics, once there are any: raw latents spread as they say, normalised ones by 1."""
-        mean, std = self.latent_spec.mean, self.latent_spec.std
-        if not readable(latents) or ((mean == 0) & (std == 1)).all():
+        """Once there are statistics: normalised, latents lie about 1 from 0, on average."""
+        spec = self.latent_spec
+        if not readable(latents) or ((spec.mean == 0) & (spec.std == 1)).all():
             return
-        wanted = 1.0 if normalized else std.float().square().mean().sqrt().item()
-        found = latents.detach().float().var(dim=(0, 2, 3), correction=0).mean().sqrt().item()
-        if not wanted / _FAR <= found <= wanted * _FAR:
-            kind = "normalised latents, as a generator makes them" if normalized else "raw latents"
+        seen = latents.detach().float()
+        found = (seen if normalized else spec.normalize(seen)).square().mean().sqrt().item()
+        if not 1 / _FAR <= found <= _FAR:
             warnings.warn(
-                f"latents spread by {found:.3g}; {kind}, by {wanted:.3g}: the statistics were applied twice, or not at "
-                f"all; this call has normalized={normalized}",
+                f"latents lie {found:.3g} standard deviations from their mean, on average; wanted about 1: the "
+                f"statistics were applied twice, or not at all; this call has normalized={normalized}",
                 RangeWarning,
                 stacklevel=3,
             )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute both MLPs in backward instead of keeping their activations."""
+        self.patch.gradient_checkpointing = self.cls.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        self.patch.gradient_checkpointing = self.cls.gradient_checkpointing = False
 
     def extra_repr(self) -> str:
         return f"Z={self.config.latent_channels}, D={self.config.feature_dim}, merge={self.config.merge}"
@@ -146,8 +155,14 @@ class AlignmentMlp(nn.Module):
         widths = [width, *[config.hidden_dim] * (config.num_layers - 1), config.feature_dim]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.act = _ACTIVATIONS[config.activation]
+        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._layers, x, use_reentrant=False)
+        return self._layers(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = self.act(layer(x))
         return self.layers[-1](x)

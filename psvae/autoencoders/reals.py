@@ -2,6 +2,8 @@
 
 - ``vae/``: ``config.json``, ``diffusion_pytorch_model.safetensors``, ``mean_std.json``, as in the authors' folder
 - ``alignment/``: ``config.json``, ``model.safetensors``
+
+One mean and one std are all that is applied to these latents: scaling is 1 and shift 0, whatever the VAE came with.
 """
 
 import os
@@ -13,10 +15,14 @@ import torch
 from psvae.alignment import AlignmentNet
 from psvae.autoencoders.pixel_vae import PixelVAE
 from psvae.errors import CheckpointError, ConfigError
+from psvae.hub.exporting import export
+from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.source import CONFIG, Source
 from psvae.hub.statistics import MEAN_STD, load_latent_statistics, write_mean_std
 
 __all__ = ["ReaLS", "load_reals", "save_reals"]
+
+_UNSCALED = {"scaling_factor": 1.0, "shift_factor": None}
 
 
 class ReaLS(NamedTuple):
@@ -31,19 +37,27 @@ class ReaLS(NamedTuple):
     alignment: AlignmentNet
 
 
-def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: AlignmentNet) -> None:
-    """Write both, and ``mean_std.json`` from ``vae.latent_spec``.
+def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: AlignmentNet | None) -> None:
+    """Write both, and ``mean_std.json`` from ``vae.latent_spec``; ``alignment.latent_spec`` is given the same numbers.
+
+    Args:
+        alignment: None for a plain VAE: ``vae/`` alone is written.
 
     Raises:
         ConfigError: the two have another latent, or the statistics were not measured. CheckpointError: the folder
             cannot be written.
     """
-    _same_latent(vae, alignment)
+    if alignment is not None:
+        _same_latent(vae, alignment)
     root = Path(folder)
     (root / "vae").mkdir(parents=True, exist_ok=True)
-    write_mean_std(vae.latent_spec, root / "vae" / MEAN_STD)
-    vae.export_diffusers(root / "vae")
-    alignment.save_pretrained(root / "alignment")
+    mean, std = write_mean_std(vae.latent_spec, root / "vae" / MEAN_STD)
+    each = {"latents_mean": (mean,) * vae.latent_spec.channels, "latents_std": (std,) * vae.latent_spec.channels}
+    config = vae.config.replace(**_UNSCALED, **each)
+    export(vae, AUTOENCODER_KL, root / "vae", config=config, stem="diffusion_pytorch_model", max_shard_size="10GB")
+    if alignment is not None:
+        load_latent_statistics(alignment.latent_spec, root / "vae" / MEAN_STD)
+        alignment.save_pretrained(root / "alignment")
 
 
 def load_reals(
@@ -56,8 +70,8 @@ def load_reals(
 ) -> ReaLS:
     """Load what `save_reals` wrote, from a folder or the Hub.
 
-    The authors' own release has no alignment network: ``PixelVAE.from_pretrained(folder)`` reads it, and
-    ``load_latent_statistics(vae.latent_spec, folder / "mean_std.json")`` its statistics.
+    The authors' own release has no alignment network: ``PixelVAE.from_pretrained(folder, scaling_factor=1.0)`` reads
+    it, and ``load_latent_statistics(vae.latent_spec, folder / "mean_std.json")`` its statistics.
 
     Args:
         **hub_options: ``local_files_only``, ``token`` and ``cache_dir``, as of `HubMixin.from_pretrained`.
@@ -80,7 +94,7 @@ def load_reals(
             "psvae.fit_latent_statistics(vae, batches) and save both again with save_reals"
         )
     load = {"revision": revision, "dtype": dtype, "device": device, **where}
-    vae = PixelVAE.from_pretrained(repo_or_folder, subfolder="vae", **load)
+    vae = PixelVAE.from_pretrained(repo_or_folder, subfolder="vae", **load, **_UNSCALED)
     alignment = AlignmentNet.from_pretrained(repo_or_folder, subfolder="alignment", **load)
     _same_latent(vae, alignment)
     for module in (vae, alignment):

@@ -103,8 +103,11 @@ def read_statistics(
     return layout, mean, std
 
 
-def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> None:
+def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> tuple[float, float]:
     """Write ReaLS' ``mean_std.json``: one mean and one std, those of all channels and cells taken together.
+
+    Returns:
+        (mean, std) as written.
 
     Raises:
         ConfigError: the statistics are still 0 and 1: nothing was measured. CheckpointError: it cannot be written.
@@ -116,8 +119,9 @@ def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> None:
             "generator: psvae.fit_latent_statistics(vae, batches) first"
         )
     total = mean.mean()
-    spread = ((std.square() + mean.square()).mean() - total.square()).sqrt()
+    spread = (std.square() + (mean - total).square()).mean().sqrt()
     write_json(Path(file), {"mean": total.item(), "std": spread.item()})
+    return total.item(), spread.item()
 
 
 def _mean_std(path: Path) -> tuple[Tensor, Tensor]:

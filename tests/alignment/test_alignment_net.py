@@ -115,3 +115,15 @@ def test_bad_latents(given, error, said):
 def test_bad_sizes(field):
     with pytest.raises(ConfigError, match=f"{field}.*at least 1"):
         tiny_config(**{field: 0})
+
+
+def test_statistics_of_a_far_mean_warn_of_nothing():
+    """ReaLS has one mean and one std: channels may lie at different heights, each narrow."""
+    net, x = tiny_net(), latents(2, 4, 4)
+    heights = torch.linspace(-4, 4, 8).view(8, 1, 1)
+    raw = 0.2 * x + heights
+    net.latent_spec.mean.fill_(raw.mean())
+    net.latent_spec.std.fill_(raw.std())
+    with torch.no_grad():
+        net(raw)
+        net(net.latent_spec.normalize(raw), normalized=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from psvae import PixelVAE, fit_latent_statistics, load_latent_statistics, load_reals, save_reals
+from psvae import AlignmentNet, PixelVAE, fit_latent_statistics, load_latent_statistics, load_reals, save_reals
 from psvae.errors import CheckpointError, ConfigError
 from tests.alignment.test_alignment_net import tiny_net
 from tests.tiny import fill_weights, images, latents, tiny_pixel_vae
@@ -53,9 +53,29 @@ def test_diffusers_opens_the_vae(pair, folder):
         torch.testing.assert_close(theirs(x).sample, pair[0](x).sample, rtol=1e-4, atol=1e-4)
 
 
+def test_nothing_else_is_applied(pair, folder, tmp_path):
+    """SD's 0.18215 is no part of it, and every way to load gives the same numbers to apply."""
+    assert pair[0].config.scaling_factor == 0.18215
+    for vae in (load_reals(folder).vae, PixelVAE.from_pretrained(folder / "vae")):
+        assert (vae.config.scaling_factor, vae.config.shift_factor) == (1.0, None)
+        torch.testing.assert_close(vae.latent_spec.std, load_reals(folder).alignment.latent_spec.std)
+    alone = AlignmentNet.from_pretrained(folder, subfolder="alignment")
+    assert alone.latent_spec.mean.equal(load_reals(folder).vae.latent_spec.mean)
+    again = load_reals(folder)
+    save_reals(tmp_path / "again", *again)
+    first, second = (json.loads((root / "vae" / "mean_std.json").read_text()) for root in (folder, tmp_path / "again"))
+    assert second == pytest.approx(first)
+    x = again.vae.encode(images()).latent_dist.mode()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.alignment(again.vae.latent_spec.normalize(x), normalized=True).patch_features,
+            again.alignment(x).patch_features,
+        )
+
+
 def test_the_authors_folder_is_read(folder):
     """Three files side by side, no alignment network."""
-    vae = PixelVAE.from_pretrained(folder / "vae")
+    vae = PixelVAE.from_pretrained(folder / "vae", scaling_factor=1.0)
     assert load_latent_statistics(vae.latent_spec, folder / "vae" / "mean_std.json") == "ReaLS"
     assert vae.latent_spec.std.unique().numel() == 1
     with pytest.raises(CheckpointError, match=r"has no config.json; wanted vae/ and alignment/.*PixelVAE"):
