@@ -184,13 +184,20 @@ class CachedLatents(Dataset):
         file, row = self._find(place)
         return file.get_slice("mean")[row], file.get_slice("logvar")[row]
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+    def stored(self, place: int, mirrored: bool) -> Tensor:
+        """``Z h w`` as it was drawn for the shard, of the image or of the mirrored one."""
         file, row = self._find(place)
-        mirrored = self.flip and bool(torch.rand(()) < 0.5)
-        latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
+        return file.get_slice("latents_flip" if mirrored else "latents")[row]
+
+    def label(self, place: int) -> int:
+        file, row = self._find(place)
+        return int(file.get_slice("labels")[row])
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        latents = self.stored(place, self.flip and bool(torch.rand(()) < 0.5))
         if self.statistics:
             latents = (latents.float() - self.statistics["mean"]) / self.statistics["std"]
-        return latents, int(file.get_slice("labels")[row])
+        return latents, self.label(place)
 
     def _find(self, place: int) -> tuple[Any, int]:
         """Its shard, opened, and the row there."""
