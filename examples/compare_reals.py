@@ -1,0 +1,341 @@
+"""A plain VAE and a ReaLS VAE of one seed, data and steps, compared by what their latents know (``make reals``).
+
+    python examples/compare_reals.py                          # drawn scenes; table.json and pictures in outputs/reals
+    python examples/compare_reals.py --data cifar10/          # CIFAR-10 as a Hugging Face dataset, without masks
+    python examples/compare_reals.py --share 0.02             # the same path in a minute or two
+
+Trained one after the other, each kept in its folder so that `--resume` goes on: a teacher and a judge (small Vision
+Transformers that name a picture's class, of different seeds), the two VAEs by train_reals.py, and in the latents of each
+a class-conditional SiT by train_sit.py. All numbers are of pictures that nothing was trained on.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cache_latents
+import downstream
+import numpy as np
+import sample_sit
+import scenes
+import torch
+import train_reals
+import train_sit
+import tyro
+from checkpoints import changed, write_text
+from data import DataOptions, center_transform, open_table, read_image
+from frechet import frechet_distance
+from labelled import LabelledOptions
+from PIL import Image
+from scenes.compose import SHAPES, background, place
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from psvae import PixelDecoderConfig, PixelVAE, PixelVAEConfig, SemanticEncoder, SemanticEncoderConfig
+from psvae.encoders import PixelEncoderConfig
+
+GRID, CHANNELS, WIDTH = 8, 8, 192  # cells on a side of latents and features alike, Z, the teacher's D
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare a ReaLS VAE with a plain one."""
+
+    data: Path | None = None
+    """A Hugging Face dataset of images and labels with splits train and test, such as CIFAR-10; None draws scenes."""
+    output: Path = Path("outputs/reals")
+    share: float = 1.0
+    """Of all steps and pictures; 1 is at most 25 minutes on two cores."""
+    train_pictures: int = 12_000
+    test_pictures: int = 2000
+    teacher_steps: int = 1500
+    vae_steps: int = 2500
+    sit_steps: int = 2000
+    seed: int = 0
+    resume: bool = False
+    """Keep what an earlier run finished, and go on."""
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Returns the table."""
+    started = time.time()
+    claim(options)
+    data = prepare(options)
+    side = Image.open(next((data / "train").rglob("*.png"))).size[0]
+    teacher, _ = classifier(options, data, side, "teacher")
+    judge, names = classifier(options, data, side, "judge")
+    table: dict[str, Any] = {"judge_accuracy": accuracy(judge, names, labelled(data / "test"))}
+    for kind in ("plain", "reals"):
+        folder = train_vae(options, data, side, kind)
+        table[kind] = json.loads((folder / "metrics.json").read_text())
+        table[kind] |= probes(PixelVAE.from_pretrained(folder / "vae"), data, options)
+        table[kind] |= generation(options, data, folder, side, judge, names)
+    if (data / "masks").is_dir():
+        table["segmentation"] = segmentation(options, data, side)
+    table["options"] = settings(options)
+    table["minutes"], table["resumed"] = round((time.time() - started) / 60, 1), options.resume
+    write_text(options.output / "table.json", json.dumps(table, indent=2) + "\n")
+    show(table)
+    return table
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """What decides the result."""
+    return {name: str(value) for name, value in vars(options).items() if name not in ("output", "resume")}
+
+
+def claim(options: Options) -> None:
+    """Leave what another run made alone."""
+    file = options.output / "options.json"
+    if not file.exists():
+        write_text(file, json.dumps(settings(options), indent=2) + "\n")
+    elif not options.resume:
+        raise SystemExit(
+            f"{options.output} holds an earlier run: --resume goes on with it, another --output begins anew"
+        )
+    elif difference := changed(json.loads(file.read_text()), settings(options)):
+        raise SystemExit(f"{options.output} was begun with other options ({difference}); another --output begins anew")
+
+
+def count(options: Options, full: int, least: int = 2) -> int:
+    return max(least, round(full * options.share))
+
+
+# Pictures
+
+
+def prepare(options: Options) -> Path:
+    """``train`` and ``test`` with one folder per class; of scenes also ``images`` and ``masks``, those of test."""
+    root = options.output / "data"
+    if (root / "whole").exists():
+        return root
+    for split, full in (("train", options.train_pictures), ("test", options.test_pictures)):
+        pictures = drawn(split, count(options, full, 64)) if options.data is None else stored(options, split, full)
+        for number, (picture, label, mask) in enumerate(tqdm(pictures, f"{split} pictures")):
+            save(picture, root / split / label / f"{number:05d}.png")
+            if split == "test" and mask is not None:
+                save(picture, root / "images" / f"{number:05d}.png")
+                save(mask, root / "masks" / f"{number:05d}.png")
+    (root / "whole").touch()
+    return root
+
+
+def drawn(split: str, number: int) -> Iterator[tuple[Image.Image, str, Image.Image]]:
+    """One thing of any colour, anywhere, before any background; its class is its shape."""
+    for seed in range(number):
+        rng = random.Random(f"reals {split} {seed}")
+        thing = place(rng, rng.choice(list(scenes.COLOURS)), SHAPES[seed % len(SHAPES)], step=4)
+        scene = scenes.Scene((thing,), background(rng))
+        mask = Image.fromarray(scenes.class_map(scene).numpy().astype(np.uint8))
+        yield to_pil_image(scenes.draw(scene) * 0.5 + 0.5), thing.shape, mask
+
+
+def stored(options: Options, split: str, number: int) -> Iterator[tuple[Image.Image, str, None]]:
+    import datasets
+
+    table = open_table(str(options.data), split).cast_column("image", datasets.Image(decode=False))
+    for row in table.select(range(min(len(table), count(options, number, 64)))):
+        yield read_image(row["image"]), f"{row['label']:03d}", None
+
+
+def save(picture: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+
+
+def labelled(folder: Path) -> tuple[Tensor, Tensor]:
+    """All pictures ``N 3 H W`` in [-1, 1] and their classes ``N``."""
+    files = sorted(folder.rglob("*.png"))
+    classes = sorted({file.parent.name for file in files})
+    transform = center_transform(Image.open(files[0]).size[0])
+    return torch.stack([transform(read_image(file)) for file in files]), torch.tensor(
+        [classes.index(file.parent.name) for file in files]
+    )
+
+
+# Training
+
+
+def classifier(options: Options, data: Path, side: int, name: Literal["teacher", "judge"]) -> tuple[Any, nn.Linear]:
+    """A small Vision Transformer that learned the classes from their labels, and its last layer on pooled features."""
+    folder, patch = options.output / name, side // GRID
+    classes = len(list((data / "train").iterdir()))
+    head = nn.Linear(WIDTH, classes)
+    if (folder / "head.pt").exists():
+        head.load_state_dict(torch.load(folder / "head.pt", weights_only=True))
+        return SemanticEncoder.from_pretrained(folder), head
+    torch.manual_seed(options.seed + {"teacher": 1, "judge": 2}[name])
+    vit = {"img_size": side, "patch_size": patch, "embed_dim": WIDTH, "depth": 4, "num_heads": 3}
+    encoder = SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=patch, final_norm="affine"))
+    head.reset_parameters()
+    images, labels = labelled(data / "train")
+    steps = count(options, options.teacher_steps)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    for _ in (bar := tqdm(range(steps), name)):
+        places = torch.randint(len(images), (64,))
+        seen = shifted(images[places])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(head(encoder(seen).mean(dim=(2, 3))), labels[places])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    encoder.eval().save_pretrained(folder)
+    torch.save(head.state_dict(), folder / "head.pt")
+    return encoder, head
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Half mirrored, all moved by up to a sixteenth."""
+    images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images.flip(3), images)
+    most = images.shape[-1] // 16
+    dy, dx = torch.randint(-most, most + 1, (2,)).tolist()
+    return F.pad(images, (most,) * 4, mode="replicate").roll((dy, dx), (2, 3))[..., most:-most, most:-most]
+
+
+def train_vae(options: Options, data: Path, side: int, kind: str) -> Path:
+    """By train_reals.py; of the plain VAE, the alignment network reads the latents and teaches it nothing."""
+    folder = options.output / kind
+    strides = {8: (1, 2, 2, 4), 4: (1, 2, 4)}[side // GRID]
+    shape: dict[str, Any] = {
+        "latent_channels": CHANNELS, "base_channels": 32, "channel_multipliers": strides, "norm_groups": 8,
+        "num_res_blocks": 1, "attention_levels": 0,
+    }  # fmt: skip
+    config = PixelVAEConfig(PixelEncoderConfig(**shape), PixelDecoderConfig(**shape), sample_size=side)
+    write_text(options.output / "vae.json", json.dumps(config.to_dict()))
+    steps = count(options, options.vae_steps)
+    if not (folder / "metrics.json").exists():
+        train_reals.train(
+            train_reals.Options(
+                data=DataOptions(str(data / "train"), size=side, flip=False, workers=0), output=folder,
+                model=options.output / "vae.json", teacher=str(options.output / "teacher"), align_hidden=256,
+                losses=train_reals.LossOptions(
+                    perceptual=0, adversarial=0, kl=1e-5, kl_reduction="mean", detach=kind == "plain"
+                ),
+                steps=steps, batch_size=16, lr=1e-3, betas=(0.9, 0.95), warmup=min(100, steps), final_lr=0.02, ema=0.99,
+                seed=options.seed, resume=options.resume, sample_every=10**9, checkpoint_every=max(1, steps // 3),
+                validation=str(data / "test"), validation_count=256, statistics_batches=32, tracker="none",
+            )
+        )  # fmt: skip
+    return folder
+
+
+# Measuring
+
+
+@torch.no_grad()
+def accuracy(encoder: Any, head: nn.Linear, pictures: tuple[Tensor, Tensor]) -> float:
+    images, labels = pictures
+    said = [head(encoder(part).mean(dim=(2, 3))).argmax(dim=1) for part in images.split(128)]
+    return round((torch.cat(said) == labels).float().mean().item(), 4)
+
+
+def probes(vae: PixelVAE, data: Path, options: Options) -> dict[str, float]:
+    """A linear layer, and twenty nearest neighbours by cosine, on all cells of a latent."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    parts = []
+    for split in ("train", "test"):
+        images, labels = labelled(data / split)
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in tqdm(images.split(128), "latents")])
+        parts.append((vae.latent_spec.normalize(latents).flatten(1).numpy(), labels.numpy()))
+    (x, y), (held_out, wanted) = parts
+    linear = LogisticRegression(C=0.01, max_iter=300).fit(x, y)
+    near = KNeighborsClassifier(20, metric="cosine").fit(x, y)
+    return {
+        name: round(float((model.predict(held_out) == wanted).mean()), 4)
+        for name, model in (("linear_probe", linear), ("knn", near))
+    }
+
+
+def generation(options: Options, data: Path, folder: Path, side: int, judge: Any, head: nn.Linear) -> dict[str, float]:
+    """A tiny SiT in these latents: Fréchet distance in the judge's features, and how often the judge sees the class."""
+    vae, model = str(folder / "vae"), folder / "sit"
+    steps, wanted = count(options, options.sit_steps), count(options, options.test_pictures, 64)
+    if not (model / "model").is_dir():
+        train_sit.main(
+            train_sit.Options(
+                data=LabelledOptions(str(latents_of(folder, data, side)), flip=False, workers=0), vae=vae, output=model,
+                model="tiny/2", patch_size=1, steps=steps, batch_size=64, lr=1e-3, warmup=min(100, steps), final_lr=0.02,
+                clip=1.0, ema=0.99, seed=options.seed, resume=options.resume, sample_every=10**9,
+                checkpoint_every=max(1, steps // 3), tracker="none",
+            )
+        )  # fmt: skip
+    made = folder / "samples"
+    sample_sit.main(
+        sample_sit.Options(
+            model=str(model / "model"), vae=vae, output=made, count=wanted, balanced=True, solver="heun", steps=25,
+            batch_size=128, seed=options.seed,
+        )
+    )  # fmt: skip
+    pictures = torch.from_numpy(np.load(made.with_suffix(".npz"))["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+    classes = torch.arange(wanted) % head.out_features
+    real, _ = labelled(data / "test")
+    with torch.no_grad():
+        features = [torch.cat([judge(p).mean((2, 3)) for p in x.split(128)]) for x in (real, pictures)]
+    return {
+        "frechet_distance": round(frechet_distance(*features), 3),
+        "class_accuracy": accuracy(judge, head, (pictures, classes)),
+    }
+
+
+def latents_of(folder: Path, data: Path, side: int) -> Path:
+    cached = folder / "latents"
+    cache_latents.main(
+        cache_latents.Options(vae=str(folder / "vae"), data=str(data / "train"), output=cached, size=side, moments=True)
+    )
+    return cached
+
+
+def segmentation(options: Options, data: Path, side: int) -> dict[str, float]:
+    """A head fitted on the teacher's features, applied unchanged: mIoU on those, and on features from either latents."""
+    found: dict[str, float] = {}
+    for kind in ("plain", "reals"):
+        scores = downstream.main(
+            downstream.Options(
+                reals=str(options.output / kind), fit_head=data, size=side, classes=1 + len(SHAPES), workers=0,
+                steps=count(options, 1000), batch_size=32, seed=options.seed, output=options.output / f"{kind}-masks",
+            )
+        )  # fmt: skip
+        found |= {"teacher": scores["miou_teacher"], kind: scores["miou_latents"]}
+    return found
+
+
+def show(table: dict[str, Any]) -> None:
+    """In words, with what was wanted."""
+    plain, reals = table["plain"], table["reals"]
+    print(f"\n{'':24s}{'plain':>10s}{'ReaLS':>10s}")
+    for name in plain:
+        print(f"{name:24s}{plain[name]:10.3f}{reals[name]:10.3f}")
+    for name, (value, target) in targets(table).items():
+        print(f"{name}: {value:.3f}, wanted {target:g}: {'met' if value >= target else 'missed'}")
+    print(f"{table['minutes']} minutes")
+
+
+def targets(table: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Measured and wanted."""
+    plain, reals = table["plain"], table["reals"]
+    found = {
+        "linear probe above plain, points": (100 * (reals["linear_probe"] - plain["linear_probe"]), 10.0),
+        "Fréchet distance below plain": (1 - reals["frechet_distance"] / plain["frechet_distance"], 0.1),
+        "PSNR beside plain, dB": (reals["psnr"] - plain["psnr"], -1.5),
+    }
+    if "segmentation" in table:
+        found["mIoU from latents over the teacher's"] = (
+            table["segmentation"]["reals"] / table["segmentation"]["teacher"], 0.8,
+        )  # fmt: skip
+    return found
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
