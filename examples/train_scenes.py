@@ -1,6 +1,6 @@
 """A tokenizer, text-to-image and editing from nothing, on two CPU cores, scored as GenEval scores (``make scenes``).
 
-    python examples/train_scenes.py                  # about 25 minutes; pictures and scores.json in outputs/scenes
+    python examples/train_scenes.py                  # about 21 minutes; pictures and scores.json in outputs/scenes
     python examples/train_scenes.py --share 0.02     # the same path in seconds
 
 The data is drawn (examples/scenes), so nothing is downloaded; what is scored was held out of training: colours on
@@ -55,7 +55,7 @@ class Options:
 
     output: Path = Path("outputs/scenes")
     share: float = 1.0
-    """Of the steps; 1 is about 25 minutes on two cores."""
+    """Of the steps; 1 is about 21 minutes on two cores."""
     prompts: int = 100
     """Per task."""
     edits: int = 50
