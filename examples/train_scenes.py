@@ -21,6 +21,7 @@ import torch
 import tyro
 from checkpoints import changed, write_text
 from pairs import Batches, Pairs
+from sampling import TOKENIZER
 from scenes.show import sheet
 from scenes.world import Scene
 from torch import Tensor
@@ -183,6 +184,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
         model = DeepFusionDiT.from_pretrained(init)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward of flash attention is slow in bf16 with few tokens
         Training(training, accelerator, model, vae, tokenise, pairs).run()
+    scenes.save_tokenizer(folder / "model" / TOKENIZER)
     accelerator.free_memory()
     vae.cpu()  # back from where it was trained with; scoring is on the CPU
     return DeepFusionDiT.from_pretrained(folder / "model")
