@@ -24,5 +24,6 @@ __all__ = [
     "BACKGROUNDS", "COLOURS", "EDITS", "EDIT_LENGTH", "HELD_OUT", "HELD_OUT_PAIRS", "LENGTH", "SHAPES", "SIZE", "TASKS",
     "WORDS", "Background", "Detection", "Edit", "Found", "Prompt", "Scene", "Thing", "Wanted", "class_map", "decode",
     "depth_map", "detect", "draw", "draw_many", "edit_example", "encode", "encode_many", "evaluation_prompts",
-    "example", "masks", "region", "save_tokenizer", "scatter", "score_edit", "score_edits", "score_prompt", "score_prompts",
+    "example", "masks", "region", "save_tokenizer", "scatter", "score_edit", "score_edits", "score_prompt",
+    "score_prompts",
 ]  # fmt: skip

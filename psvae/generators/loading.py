@@ -41,8 +41,8 @@ def language_model_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> 
     for name in GEOMETRY:
         if fields.get(name) not in (None, told[name]):
             raise CheckpointError(
-                f"{name}={fields[name]!r} came and the model in {checkpoint.source} has {told[name]!r}; wanted the same: "
-                "leave it out"
+                f"{name}={fields[name]!r} came and the model in {checkpoint.source} has {told[name]!r}; wanted the "
+                "same: leave it out"
             )
     return DeepFusionDiTConfig.from_dict({**told, **fields})
 
