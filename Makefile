@@ -5,7 +5,7 @@ PYTHON ?= python3
 quickstart: .venv/installed
 	.venv/bin/python examples/quickstart.py $(if $(DATA),--data $(DATA))
 
-# a tokenizer, text-to-image and editing from nothing, and their scores: 25 minutes on two cores
+# a tokenizer, text-to-image and editing from nothing, and their scores: 21 minutes on two cores
 scenes: .venv/installed
 	.venv/bin/python examples/train_scenes.py $(ARGS)
 

@@ -59,13 +59,22 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     accelerator.wait_for_everyone()
 
 
-def first_step(accelerator: Accelerator, folder: Path) -> int:
-    """The step to go on from: that of the newest checkpoint, which is loaded, or 0 where there is none."""
+def first_step(accelerator: Accelerator, folder: Path, steps: int) -> int:
+    """The step to go on from: that of the newest checkpoint, which is loaded, or 0 where there is none.
+
+    Raises:
+        SystemExit: it is beyond the steps asked for.
+    """
     found = sorted(folder.glob("step*"))
     if not found:
         return 0
+    step = int(found[-1].name.removeprefix("step"))
+    if step >= steps:
+        raise SystemExit(
+            f"{found[-1]} is of step {step} and {steps} were asked for; wanted more steps, or another output"
+        )
     accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.removeprefix("step"))
+    return step
 
 
 def refuse_to_start_over(folder: Path, resume: bool) -> None:
@@ -81,8 +90,15 @@ def refuse_to_start_over(folder: Path, resume: bool) -> None:
 def write_options(accelerator: Accelerator, output: Path, options: Any) -> None:
     """The dataclass as ``output/options.json``: once the run can begin, for there may be one of an earlier run."""
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "options.json", json.dumps(asdict(options), indent=2, default=str) + "\n")
+        text = json.dumps(asdict(options), indent=2, default=str) + "\n"
+        file = output / "options.json"
+        if (
+            options.resume
+            and file.exists()
+            and (said := changed(json.loads(file.read_text("utf-8")), json.loads(text)))
+        ):
+            print(f"goes on with other options: {said}")
+        write_text(file, text)
 
 
 def write_names(accelerator: Accelerator, names: set[str], file: Path) -> list[str]:

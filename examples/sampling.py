@@ -122,14 +122,17 @@ class Tokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(where, subfolder=subfolder)
         except (OSError, ValueError) as error:
-            said = str(error).splitlines()[0]
+            said = " ".join(str(error).split())[:300]
             raise SystemExit(f"no tokenizer in {where}/{subfolder}, pass --tokenizer: {said}") from error
         self.tokenizer.padding_side = "right"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.tokenizer.model_max_length = length or self.tokenizer.model_max_length
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        try:
+            encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        except Exception as error:  # the class that tokenizers raises
+            raise SystemExit(f"{texts!r} cannot be tokenised, a word may be unknown to this model: {error}") from error
         return encoded["input_ids"], encoded["attention_mask"]
 
     def save(self, model: Path) -> None:

@@ -170,7 +170,7 @@ class Training:
     def run(self) -> None:
         options, accelerator = self.options, self.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
-        self.step = first_step(accelerator, self.checkpoints)
+        self.step = first_step(accelerator, self.checkpoints, options.steps)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")

@@ -1,6 +1,6 @@
 """A tokenizer, text-to-image and editing from nothing, on two CPU cores, scored as GenEval scores (``make scenes``).
 
-    python examples/train_scenes.py                  # about 25 minutes; pictures and scores.json in outputs/scenes
+    python examples/train_scenes.py                  # about 21 minutes; pictures and scores.json in outputs/scenes
     python examples/train_scenes.py --share 0.02     # the same path in seconds
 
 The data is drawn (examples/scenes), so nothing is downloaded; what is scored was held out of training: colours on
@@ -21,6 +21,7 @@ import torch
 import tyro
 from checkpoints import changed, write_text
 from pairs import Batches, Pairs
+from sampling import TOKENIZER
 from scenes.show import sheet
 from scenes.world import Scene
 from torch import Tensor
@@ -55,7 +56,7 @@ class Options:
 
     output: Path = Path("outputs/scenes")
     share: float = 1.0
-    """Of the steps; 1 is about 25 minutes on two cores."""
+    """Of the steps; 1 is about 21 minutes on two cores."""
     prompts: int = 100
     """Per task."""
     edits: int = 50
@@ -183,6 +184,7 @@ def train(options: Options, vae: PSVAE, task: str, init: Path | None) -> DeepFus
         model = DeepFusionDiT.from_pretrained(init)
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward of flash attention is slow in bf16 with few tokens
         Training(training, accelerator, model, vae, tokenise, pairs).run()
+    scenes.save_tokenizer(folder / "model" / TOKENIZER)
     accelerator.free_memory()
     vae.cpu()  # back from where it was trained with; scoring is on the CPU
     return DeepFusionDiT.from_pretrained(folder / "model")

@@ -171,7 +171,7 @@ class Stage:
             return json.loads(done.read_text())
         self._build()
         checkpoints = self.folder / "checkpoints"
-        self.step = first_step(accelerator, checkpoints)
+        self.step = first_step(accelerator, checkpoints, self.steps)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"stage {self.stage} continues from step {self.step}")

@@ -791,15 +791,25 @@ def test_misspelt_choices():
 def test_a_missing_branch(guidance, given, lost):
     model = tiny_model()
     prefixes = {name: prefix for name, prefix in branches(model).items() if name in given}
-    with pytest.raises(ConfigError, match=f"guidance needs the prefixes {', '.join(guidance.branches)}; {lost}"):
+    with pytest.raises(ConfigError, match=f"guidance needs {', '.join(guidance.branches)}, of which {lost}"):
         guided(model, prefixes, guidance)
+
+
+@pytest.mark.bad_input
+def test_branches_come_by_name():
+    model = tiny_model()
+    found = branches(model)
+    with pytest.raises(DtypeError, match=r"prefixes came as PrefixCache; wanted them by branch"):
+        guided(model, found["full"], Guidance())
+    with pytest.raises(ConfigError, match="prefixes came for full, uncond; guidance needs full, empty"):
+        guided(model, {"full": found["full"], "uncond": found["empty"]}, Guidance())
 
 
 @pytest.mark.bad_input
 def test_a_branch_that_is_none():
     model = tiny_model()
     prefixes = branches(model) | {"empty": None}
-    with pytest.raises(ConfigError, match="guidance needs the prefixes full, empty; empty is missing"):
+    with pytest.raises(ConfigError, match="guidance needs full, empty, of which empty is missing"):
         guided(model, prefixes, Guidance())
 
 

@@ -2,9 +2,12 @@
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from .world import BACKGROUNDS, COLOURS, SHAPES
 
@@ -79,3 +82,10 @@ def encode_many(texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]
 def decode(ids: Tensor) -> str:
     """The text of ``length`` token ids."""
     return " ".join(WORDS[place] for place in ids.tolist() if place != PAD)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """As transformers reads it, so that generate.py and edit.py take prompts; an unknown word raises there too."""
+    words = Tokenizer(models.WordLevel(_IDS))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token=WORDS[PAD]).save_pretrained(folder)

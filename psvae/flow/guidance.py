@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psvae.config import Config, one_of
-from psvae.errors import ConfigError, ShapeError
+from psvae.errors import ConfigError, DtypeError, ShapeError
 from psvae.flow.checks import column, one_batch
 from psvae.flow.paths import Velocity
 from psvae.flow.sigmas import Sigmas
@@ -161,14 +161,17 @@ def guided(
         batched: all branches in one forward per step; False runs one after the other, in less memory.
 
     Raises:
-        ConfigError: a branch is missing. ShapeError: the branches are of unequal batches.
+        ConfigError: a branch is missing. DtypeError: no mapping. ShapeError: the branches are of unequal batches.
     """
     guidance = guidance or Guidance(scale=1.0)
+    if not isinstance(prefixes, Mapping):
+        raise DtypeError(f'prefixes came as {type(prefixes).__name__}; wanted them by branch: {{"full": prefix, ...}}')
     branches = {name: prefixes[name] for name in guidance.branches if prefixes.get(name) is not None}
     missing = [name for name in guidance.branches if name not in branches]
     if missing:
         raise ConfigError(
-            f"guidance needs the prefixes {', '.join(guidance.branches)}; {', '.join(missing)} is missing: "
+            f"prefixes came for {', '.join(prefixes) or 'nothing'}; guidance needs {', '.join(guidance.branches)}, of "
+            f"which {', '.join(missing)} is missing: "
             '"empty" is PrefixCache.empty(...), "image" and "text" are encode_prefix with that part alone'
         )
     full, sizes = branches["full"], {name: branch.batch_size for name, branch in branches.items()}

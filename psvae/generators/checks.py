@@ -104,7 +104,7 @@ def check_prefix(config: DeepFusionDiTConfig, prefix: PrefixCache, batch_size: i
     if found != wanted:
         raise ConfigError(
             f"the prefix has (layers, key heads, head width) {found}; wanted {wanted}: it was made by another model, "
-            "encode it with this one"
+            "encode it with this one; a language model's cache needs a generator of its geometry, or a layer_map"
         )
     if batch_size is not None:
         one_batch(prefix.batch_size, batch_size)

@@ -122,7 +122,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
 
         Raises:
             ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers, or another
-                precision than the weights'. ConfigError: the prefix is another model's; inputs that exclude each other.
+                precision than the weights'. ConfigError: a prefix of another geometry; inputs that exclude each other.
         """
         config = self.config
         inputs: dict[str, Any] = {

@@ -13,6 +13,11 @@ from psvae.hub.reading import Checkpoint
 
 __all__ = ["language_model_config", "read_part"]
 
+GEOMETRY = (
+    "hidden_size", "num_layers", "num_attention_heads", "num_key_value_heads", "attention_head_dim",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+
 
 def language_model_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> DeepFusionDiTConfig:
     """That of a generator around a language model's folder.
@@ -21,7 +26,8 @@ def language_model_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> 
         fields: over those that the folder tells.
 
     Raises:
-        CheckpointError: not a Qwen2, Qwen2.5, Qwen3 or Llama of transformers. ConfigError: ``fusion="prefix"``.
+        CheckpointError: not a Qwen2, Qwen2.5, Qwen3 or Llama of transformers, or not of the fields' geometry.
+        ConfigError: ``fusion="prefix"``.
     """
     if fields.get("fusion") == "prefix":
         raise ConfigError("fusion='prefix' has no text blocks; run the language model and use PrefixCache.from_hf")
@@ -32,6 +38,12 @@ def language_model_config(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> 
             f"{', '.join(list(checkpoint.header)[:2])}; wanted a qwen2, qwen3 or llama folder of transformers"
         )
     told = LANGUAGE_MODEL.read_config(checkpoint.config, checkpoint.header)
+    for name in GEOMETRY:
+        if fields.get(name) not in (None, told[name]):
+            raise CheckpointError(
+                f"{name}={fields[name]!r} came and the model in {checkpoint.source} has {told[name]!r}; wanted the "
+                "same: leave it out"
+            )
     return DeepFusionDiTConfig.from_dict({**told, **fields})
 
 

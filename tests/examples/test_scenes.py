@@ -32,10 +32,12 @@ from examples.scenes import (
     draw_many,
     edit_example,
     encode,
+    encode_many,
     evaluation_prompts,
     example,
     masks,
     region,
+    save_tokenizer,
     scatter,
     score_edit,
     score_edits,
@@ -44,6 +46,9 @@ from examples.scenes import (
 )
 from examples.scenes.score import _shows
 from tests.base import assert_equal
+from tests.examples.generator_world import script
+
+Tokenizer = script("sampling").Tokenizer
 
 COUNT = 40  # scenes of each task
 SPLITS = [(task, held_out) for task in TASKS for held_out in (False, True)]
@@ -251,6 +256,17 @@ def test_the_tokenizer_gives_the_words_back():
         encode("a red cirle")
     with pytest.raises(ValueError, match="more than length"):
         encode("a red circle", length=2)
+
+
+def test_the_saved_tokenizer_gives_the_same_ids(tmp_path):
+    save_tokenizer(tmp_path)
+    texts = [example(seed)[1].text for seed in range(50)]
+    ids, mask = Tokenizer(str(tmp_path), None)(texts)
+    wanted, known = encode_many(texts)
+    assert_equal(ids, wanted[:, : ids.shape[1]])
+    assert_equal(mask.bool(), known[:, : ids.shape[1]])
+    with pytest.raises(SystemExit, match=r"'a red sta'.* cannot be tokenised"):
+        Tokenizer(str(tmp_path), None)(["a red sta"])
 
 
 def test_a_misspelt_task_is_named():

@@ -284,7 +284,7 @@ def test_half_precision_runs_under_autocast(models):
 
 def test_guidance_without_an_unconditional_branch(models):
     full = models["shared"].encode_prefix(words())
-    with pytest.raises(ConfigError, match=r"guidance needs the prefixes full, empty; empty is missing"):
+    with pytest.raises(ConfigError, match=r"guidance needs full, empty, of which empty is missing"):
         flow.guided(models["shared"], {"full": full}, flow.Guidance())
 
 

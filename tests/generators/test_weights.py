@@ -182,18 +182,27 @@ def test_the_rest_is_fresh_and_the_velocity_zero(tmp_path):
     ("fields", "says"),
     [
         ({"hidden_size": 64}, "of another shape: model.embed_tokens.weight is"),
-        ({"num_layers": 1}, "unexpected: model.layers.1"),
-        ({"num_layers": 3}, "missing: model.layers.2"),
+        ({"num_hidden_layers": 1}, "unexpected: model.layers.1"),
+        ({"num_hidden_layers": 3}, "missing: model.layers.2"),
         ({"num_key_value_heads": 4}, "of another shape"),
         ({"intermediate_size": 100}, "mlp.gate_proj.weight"),
     ],
 )
-def test_another_geometry_is_refused(fields, says, tmp_path):
-    config = language_model(T.Qwen2Config).config
-    T.Qwen2ForCausalLM(config).save_pretrained(tmp_path)
+def test_weights_of_another_geometry_are_refused(fields, says, tmp_path):
+    T.Qwen2ForCausalLM(language_model(T.Qwen2Config).config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     with pytest.raises(CheckpointError, match="do not fit its configuration; nothing was loaded") as caught:
-        DeepFusionDiT.from_llm(tmp_path, **FRESH, **fields)
+        DeepFusionDiT.from_llm(tmp_path, **FRESH)
     assert says in str(caught.value)
+
+
+def test_fields_of_another_geometry_are_refused(tmp_path):
+    T.Qwen2ForCausalLM(language_model(T.Qwen2Config).config).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"num_layers=3 came and the model in .* has 2; wanted the same: leave it"
+    ):
+        DeepFusionDiT.from_llm(tmp_path, **FRESH, num_layers=3)
 
 
 @pytest.mark.parametrize("fusion", ["shared", "mot"])
