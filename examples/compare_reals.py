@@ -38,7 +38,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from psvae import PixelDecoderConfig, PixelVAE, PixelVAEConfig, SemanticEncoder, SemanticEncoderConfig
-from psvae.encoders import PixelEncoderConfig
+from psvae.encoders import EncoderTokens, PixelEncoderConfig
 
 GRID, CHANNELS, WIDTH = 8, 8, 192  # cells on a side of latents and features alike, Z, the teacher's D
 
@@ -55,7 +55,7 @@ class Options:
     train_pictures: int = 12_000
     test_pictures: int = 2000
     teacher_steps: int = 900
-    vae_steps: int = 2500
+    vae_steps: int = 1500
     sit_steps: int = 2000
     seed: int = 0
     resume: bool = False
@@ -111,17 +111,25 @@ def count(options: Options, full: int, least: int = 2) -> int:
 
 
 def prepare(options: Options) -> Path:
-    """``train`` and ``test`` with one folder per class; of scenes also ``images`` and ``masks``, those of test."""
+    """``train`` and ``test`` with one folder per class; of scenes also ``images`` and ``masks``, those of test, and
+    ``cells``: a class for each cell of the training pictures' grid, N 8 8, 0 for background."""
     root = options.output / "data"
     if (root / "whole").exists():
         return root
     for split, full in (("train", options.train_pictures), ("test", options.test_pictures)):
         pictures = drawn(split, count(options, full, 64)) if options.data is None else stored(options, split, full)
+        cells: dict[str, np.ndarray] = {}
         for number, (picture, label, mask) in enumerate(tqdm(pictures, f"{split} pictures")):
             save(picture, root / split / label / f"{number:05d}.png")
-            if split == "test" and mask is not None:
+            if mask is None:
+                continue
+            if split == "test":
                 save(picture, root / "images" / f"{number:05d}.png")
                 save(mask, root / "masks" / f"{number:05d}.png")
+            else:
+                cells[f"{label}/{number:05d}"] = np.asarray(mask.resize((GRID, GRID), Image.Resampling.NEAREST))
+        if cells:  # in the order of `labelled`
+            np.save(root / "cells.npy", np.stack([cells[name] for name in sorted(cells)]))
     (root / "whole").touch()
     return root
 
@@ -175,14 +183,21 @@ def classifier(options: Options, data: Path, side: int, name: Literal["teacher",
     encoder = SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=patch, final_norm="affine"))
     head.reset_parameters()
     images, labels = labelled(data / "train")
+    known = (data / "cells.npy").exists()
+    cells = (
+        torch.from_numpy(np.load(data / "cells.npy")).long() if known else torch.zeros(len(images), GRID, GRID).long()
+    )
+    of_cells = nn.Conv2d(WIDTH, 1 + int(cells.max()), 1)
     steps = count(options, options.teacher_steps)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.05)
+    parameters = [*encoder.parameters(), *head.parameters(), *of_cells.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     for _ in (bar := tqdm(range(steps), name)):
         places = torch.randint(len(images), (64,))
-        seen = shifted(images[places])
         with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(head(pooled(encoder, seen)), labels[places])
+            seen = encoder(images[places] if known else shifted(images[places]), return_all=True)
+            loss = F.cross_entropy(head(pooled(seen)), labels[places])
+            loss = loss + F.cross_entropy(of_cells(seen.features), cells[places]) * known
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -193,9 +208,8 @@ def classifier(options: Options, data: Path, side: int, name: Literal["teacher",
     return encoder, head
 
 
-def pooled(encoder: Any, images: Tensor) -> Tensor:
+def pooled(seen: EncoderTokens) -> Tensor:
     """``B D``, so that the class is learned by the global token and by the patches."""
-    seen = encoder(images, return_all=True)
     return seen.global_token + seen.features.mean(dim=(2, 3))
 
 
@@ -240,7 +254,7 @@ def train_vae(options: Options, data: Path, side: int, kind: str) -> Path:
 @torch.no_grad()
 def accuracy(encoder: Any, head: nn.Linear, pictures: tuple[Tensor, Tensor]) -> float:
     images, labels = pictures
-    said = [head(pooled(encoder, part)).argmax(dim=1) for part in images.split(128)]
+    said = [head(pooled(encoder(part, return_all=True))).argmax(dim=1) for part in images.split(128)]
     return round((torch.cat(said) == labels).float().mean().item(), 4)
 
 
@@ -288,7 +302,9 @@ def generation(options: Options, data: Path, folder: Path, side: int, judge: Any
     classes = torch.arange(wanted) % head.out_features
     real, _ = labelled(data / "test")
     with torch.no_grad():
-        features = [torch.cat([pooled(judge, part) for part in x.split(128)]) for x in (real, pictures)]
+        features = [
+            torch.cat([pooled(judge(part, return_all=True)) for part in shown.split(128)]) for shown in (real, pictures)
+        ]
     return {
         "frechet_distance": round(frechet_distance(*features), 3),
         "class_accuracy": accuracy(judge, head, (pictures, classes)),

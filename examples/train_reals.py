@@ -287,7 +287,7 @@ class Training:
             accelerator.print(f"{options.output} is trained already")
             return json.loads(self.done.read_text(encoding="utf-8"))
         self.build()
-        self.step = first_step(accelerator, self.checkpoints)
+        self.step = first_step(accelerator, self.checkpoints, options.steps)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")

@@ -141,7 +141,7 @@ class Training:
 
     def run(self) -> dict[str, float]:
         options, accelerator = self.options, self.accelerator
-        self.step = first_step(accelerator, self.checkpoints)
+        self.step = first_step(accelerator, self.checkpoints, options.steps)
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")
