@@ -1,8 +1,8 @@
 """A plain VAE and a ReaLS VAE of one seed, data and steps, compared by what their latents know (``make reals``).
 
-    python examples/compare_reals.py                          # drawn scenes; table.json and pictures in outputs/reals
-    python examples/compare_reals.py --data cifar10/          # CIFAR-10 as a Hugging Face dataset, without masks
-    python examples/compare_reals.py --share 0.02             # the same path in a minute or two
+    python examples/compare_reals.py                         # drawn scenes; table.json and pictures in --output
+    python examples/compare_reals.py --data cifar10.parquet  # any labelled pictures, without masks
+    python examples/compare_reals.py --share 0.02            # the same path in a minute or two
 
 Trained one after the other, each kept in its folder so that `--resume` goes on: a teacher and a judge (small Vision
 Transformers that name a picture's class, of different seeds), the two VAEs by train_reals.py, and in the latents of
@@ -17,29 +17,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import cache_latents
 import downstream
 import numpy as np
-import sample_sit
 import scenes
 import torch
 import train_reals
-import train_sit
 import tyro
+import visualise_latents
 from checkpoints import changed, write_text
 from data import DataOptions, center_transform, open_table, read_image
-from frechet import frechet_distance
-from labelled import LabelledOptions
+from generation import Options as Generation
+from generation import distance, generate
 from PIL import Image
 from scenes.compose import SHAPES, background, place
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from psvae import PixelDecoderConfig, PixelVAE, PixelVAEConfig, SemanticEncoder, SemanticEncoderConfig
 from psvae.encoders import EncoderTokens, PixelEncoderConfig
 
+KINDS = ("plain", "reals")
 GRID, CHANNELS, WIDTH = 8, 8, 192  # cells on a side of latents and features alike, Z, the teacher's D
 
 
@@ -48,8 +48,9 @@ class Options:
     """Compare a ReaLS VAE with a plain one."""
 
     data: Path | None = None
-    """A Hugging Face dataset of images and labels with splits train and test, such as CIFAR-10; None draws scenes."""
-    output: Path = Path("outputs/reals")
+    """Columns image and label: a parquet file, of which the last pictures are held out after shuffling, or a Hugging
+    Face dataset (id, or folder of parquet files) with splits train and test. None draws scenes."""
+    output: Path = Path("outputs/compare_reals")
     share: float = 1.0
     """Of all steps and pictures; 1 is at most 25 minutes on two cores."""
     train_pictures: int = 12_000
@@ -69,15 +70,18 @@ def main(options: Options) -> dict[str, Any]:
     data = prepare(options)
     side = Image.open(next((data / "train").rglob("*.png"))).size[0]
     classifier(options, data, side, "teacher")
-    judge, names = classifier(options, data, side, "judge")
-    table: dict[str, Any] = {"judge_accuracy": accuracy(judge, names, labelled(data / "test"))}
-    for kind in ("plain", "reals"):
+    judge, head = classifier(options, data, side, "judge")
+    table: dict[str, Any] = {"judge_accuracy": accuracy(judge, head, labelled(data / "test"))}
+    for kind in KINDS:
         folder = train_vae(options, data, side, kind)
         table[kind] = json.loads((folder / "metrics.json").read_text())
         table[kind] |= probes(PixelVAE.from_pretrained(folder / "vae"), data, options)
-        table[kind] |= generation(options, data, folder, side, judge, names)
+        table[kind] |= generation(options, data, folder, side, judge, head)
     if (data / "masks").is_dir():
         table["segmentation"] = segmentation(options, data, side)
+        save_masks(options.output, data)
+    save_generated(options.output, data, classes=head.out_features)
+    save_latents(options, data, side)
     table["options"] = settings(options)
     table["minutes"], table["resumed"] = round((time.time() - started) / 60, 1), options.resume
     write_text(options.output / "table.json", json.dumps(table, indent=2) + "\n")
@@ -147,7 +151,16 @@ def drawn(split: str, number: int) -> Iterator[tuple[Image.Image, str, Image.Ima
 def stored(options: Options, split: str, number: int) -> Iterator[tuple[Image.Image, str, None]]:
     import datasets
 
-    table = open_table(str(options.data), split).cast_column("image", datasets.Image(decode=False))
+    if options.data.is_file():
+        table = datasets.Dataset.from_parquet(str(options.data)).shuffle(seed=0)
+        held_out = min(len(table) // 6, count(options, options.test_pictures, 64))
+        first, end = (0, len(table) - held_out) if split == "train" else (len(table) - held_out, len(table))
+        table = table.select(range(first, end))
+    else:
+        table = open_table(str(options.data), split).shuffle(seed=0)
+    if missing := {"image", "label"} - set(table.column_names):
+        raise SystemExit(f"{options.data} has the columns {table.column_names}; wanted also {sorted(missing)}")
+    table = table.cast_column("image", datasets.Image(decode=False))
     for row in table.select(range(min(len(table), count(options, number, 64)))):
         yield read_image(row["image"]), f"{row['label']:03d}", None
 
@@ -280,49 +293,23 @@ def probes(vae: PixelVAE, data: Path, options: Options) -> dict[str, float]:
 
 def generation(options: Options, data: Path, folder: Path, side: int, judge: Any, head: nn.Linear) -> dict[str, float]:
     """A tiny SiT in these latents: Fréchet distance in the judge's features, and how often the judge sees the class."""
-    vae, model = str(folder / "vae"), folder / "sit"
-    steps, wanted = count(options, options.sit_steps), count(options, options.test_pictures, 64)
-    if not (model / "model").is_dir():
-        train_sit.main(
-            train_sit.Options(
-                data=LabelledOptions(str(latents_of(folder, data, side)), flip=False, workers=0), vae=vae, output=model,
-                model="tiny/2", patch_size=1, steps=steps, batch_size=64, lr=1e-3, warmup=min(100, steps),
-                final_lr=0.02, clip=1.0, ema=0.99, seed=options.seed, resume=options.resume, sample_every=10**9,
-                checkpoint_every=max(1, steps // 3), tracker="none",
-            )
-        )  # fmt: skip
-    made = folder / "samples"
-    sample_sit.main(
-        sample_sit.Options(
-            model=str(model / "model"), vae=vae, output=made, count=wanted, balanced=True, solver="heun", steps=25,
-            batch_size=128, seed=options.seed,
+    real, _ = labelled(data / "test")
+    made = generate(
+        Generation(
+            vae=folder / "vae", data=data / "train", output=folder, size=side, steps=count(options, options.sit_steps),
+            count=len(real), seed=options.seed,
         )
     )  # fmt: skip
-    pictures = torch.from_numpy(np.load(made.with_suffix(".npz"))["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
-    classes = torch.arange(wanted) % head.out_features
-    real, _ = labelled(data / "test")
-    with torch.no_grad():
-        features = [
-            torch.cat([pooled(judge(part, return_all=True)) for part in shown.split(128)]) for shown in (real, pictures)
-        ]
     return {
-        "frechet_distance": round(frechet_distance(*features), 3),
-        "class_accuracy": accuracy(judge, head, (pictures, classes)),
+        "frechet_distance": round(distance(real, made, lambda part: pooled(judge(part, return_all=True))), 3),
+        "class_accuracy": accuracy(judge, head, (made, torch.arange(len(made)) % head.out_features)),
     }
-
-
-def latents_of(folder: Path, data: Path, side: int) -> Path:
-    cached = folder / "latents"
-    cache_latents.main(
-        cache_latents.Options(vae=str(folder / "vae"), data=str(data / "train"), output=cached, size=side, moments=True)
-    )
-    return cached
 
 
 def segmentation(options: Options, data: Path, side: int) -> dict[str, float]:
     """mIoU of a head fitted on the teacher's features: on those, and unchanged on features from either latents."""
     found: dict[str, float] = {}
-    for kind in ("plain", "reals"):
+    for kind in KINDS:
         scores = downstream.main(
             downstream.Options(
                 reals=str(options.output / kind), fit_head=data, size=side, classes=1 + len(SHAPES), workers=0,
@@ -331,6 +318,41 @@ def segmentation(options: Options, data: Path, side: int) -> dict[str, float]:
         )  # fmt: skip
         found |= {"teacher": scores["miou_teacher"], kind: scores["miou_latents"]}
     return found
+
+
+# Pictures that a person looks at
+
+
+def save_generated(output: Path, data: Path, classes: int) -> None:
+    """generated.png: of each class two held-out pictures; below, two made in the plain latents; two in ReaLS's."""
+    real, labels = labelled(data / "test")
+    rows = [torch.cat([real[labels == label][:2] for label in range(classes)])]
+    for kind in KINDS:
+        with np.load(output / kind / "samples.npz") as made:
+            pictures = torch.from_numpy(made["arr_0"][: 2 * classes]).permute(0, 3, 1, 2) / 127.5 - 1
+        rows.append(torch.cat([pictures[label::classes] for label in range(classes)]))
+    save_image(torch.cat(rows) * 0.5 + 0.5, output / "generated.png", nrow=2 * classes)
+
+
+def save_masks(output: Path, data: Path) -> None:
+    """masks.png: held-out pictures, their masks as drawn, as read from the plain latents, as read from ReaLS's."""
+    names = sorted(file.name for file in (output / "reals-masks" / "masks").iterdir())[:10]
+    colours = torch.tensor([(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48)])
+    folders = [data / "masks", *(output / f"{kind}-masks" / "masks" for kind in KINDS)]
+    masks = [torch.from_numpy(np.array(Image.open(folder / name))).long() for folder in folders for name in names]
+    pictures = [torch.from_numpy(np.array(Image.open(data / "images" / name))) for name in names]
+    rows = torch.stack([*pictures, *(colours[mask] for mask in masks)])
+    save_image(rows.permute(0, 3, 1, 2) / 255, output / "masks.png", nrow=len(names))
+
+
+def save_latents(options: Options, data: Path, side: int) -> None:
+    """latents.png: both spaces side by side, by visualise_latents.py."""
+    visualise_latents.main(
+        visualise_latents.Options(
+            data=str(data / "test"), vae=tuple(str(options.output / kind) for kind in KINDS), size=side,
+            count=min(500, count(options, options.test_pictures, 64)), output=options.output / "latents.png",
+        )
+    )  # fmt: skip
 
 
 def show(table: dict[str, Any]) -> None:

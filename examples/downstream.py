@@ -120,11 +120,11 @@ class Reader:
     norm: nn.Module | None = None
 
     def __call__(self, latents: Tensor, wanted: str, normalized: bool = False) -> tuple[Tensor, Tensor]:
-        """Patch features ``B D h w``, of the wanted kind where that can be, and global features ``B D``."""
-        patches, pooled = self.alignment(latents, normalized=normalized)
+        """Patch features ``B D h w`` and the CLS token ``B D``, both of the wanted kind where that can be."""
+        patches, cls = self.alignment(latents, normalized=normalized)
         if self.kind == "pre_norm" and wanted == "normed" and self.norm is not None:
-            patches = self.norm(patches.movedim(1, -1)).movedim(-1, 1)
-        return patches, pooled
+            patches, cls = self.norm(patches.movedim(1, -1)).movedim(-1, 1), self.norm(cls)
+        return patches, cls
 
     def remark(self, head: SegmentationHead | DepthHead) -> str | None:
         """Where the head reads other tokens than the latents carry."""
@@ -346,9 +346,9 @@ def apply(
         size = (latents.shape[-2] * stride, latents.shape[-1] * stride)
         maps: dict[str, np.ndarray] = {}
         for head in heads:
-            patches, pooled = reader(latents, head.tokens, normalized)
+            patches, cls = reader(latents, head.tokens, normalized)
             if isinstance(head, DepthHead):
-                maps["depth"] = head(patches, pooled, size).cpu().numpy()
+                maps["depth"] = head(patches, cls, size).cpu().numpy()
             else:
                 maps["mask"] = head(patches, size).argmax(dim=1).cpu().numpy()
         for place, name in enumerate(names):
@@ -469,8 +469,6 @@ def main(options: Options) -> dict[str, float]:
             remark = reader.remark(head)
             if remark:
                 print(remark)
-            if isinstance(head, DepthHead):
-                print("the DepthHead reads the pre-norm CLS token too; train_reals.py aligns with the normed one")
         count = apply(look_at(), vae, reader, heads, options)
     print(f"{count} pictures: {options.output}")
     return scores

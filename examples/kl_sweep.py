@@ -13,15 +13,20 @@ Numbers = dict[str, float]
 
 
 def sweep(
-    options: Any, train: Callable[[Any], Numbers], distance: Callable[[Path], float] | None = None
+    options: Any,
+    train: Callable[[Any], Numbers],
+    distance: Callable[[Any], float] | None = None,
+    features: str | None = None,
 ) -> dict[str, Numbers]:
     """Train below ``options.output / "kl..."``, then write ``kl_sweep.json`` and ``kl_sweep.png``.
 
     Args:
         options: of train_reals.py; ``kl`` holds the weights.
         train: its options → the numbers that it leaves in ``metrics.json``.
-        distance: a finished run's folder → the Fréchet distance of pictures generated in its space. Without it, a run
-            is asked for ``frechet`` in its ``metrics.json``, where whoever measures it may add it later.
+        distance: the options of a finished run → the Fréchet distance of pictures generated in its space; called on
+            every resumption, so it keeps what it found. Without it a run's own ``frechet`` is drawn, where whoever
+            measures it adds it to ``metrics.json``.
+        features: whose the distance is, for the plot.
 
     Returns:
         What each run knows, by its folder's name.
@@ -29,21 +34,19 @@ def sweep(
     runs = {f"kl{weight:g}": replace(options, kl=(), output=options.output / f"kl{weight:g}") for weight in options.kl}
     for one in runs.values():
         refuse_to_start_over(one.output / "checkpoints", options.resume)  # before the first is trained
+        if not options.resume and (one.output / "metrics.json").exists():  # a generator may hang on these weights
+            raise SystemExit(f"{one.output} holds a finished run: pass --resume, or another --output")
     found: dict[str, Numbers] = {}
     for (name, one), weight in zip(runs.items(), options.kl, strict=True):
-        numbers = train(replace(one, losses=replace(one.losses, kl=weight)))
-        if distance is not None and "frechet" not in numbers:
-            numbers = numbers | {"frechet": distance(one.output)}
-            if PartialState().is_main_process:
-                write_text(one.output / "metrics.json", json.dumps(numbers, indent=2))
-        found[name] = numbers | {"kl": weight}
+        numbers = train(replace(one, losses=replace(one.losses, kl=weight))) | {"kl": weight}
+        found[name] = numbers if distance is None else numbers | {"frechet": distance(one)}
     if PartialState().is_main_process:
         write_text(options.output / "kl_sweep.json", json.dumps(found, indent=2))
-        plot(list(found.values()), options.output / "kl_sweep.png")
+        plot(list(found.values()), options.output / "kl_sweep.png", features)
     return found
 
 
-def plot(runs: list[Numbers], file: Path) -> str:
+def plot(runs: list[Numbers], file: Path, features: str | None = None) -> str:
     """Point sizes are the latents' std. Returns what the y axis shows: the distance where all know it, else the error
     of reconstruction."""
     import matplotlib
@@ -53,6 +56,7 @@ def plot(runs: list[Numbers], file: Path) -> str:
 
     if all("frechet" in run for run in runs):
         label, heights = "Fréchet distance of generated pictures", [run["frechet"] for run in runs]
+        label += "" if features is None else f"\nin {features}"
     else:
         label = "RMSE of reconstructions, pixels in [0, 1] (no generator was measured)"
         heights = [10 ** (-run["psnr"] / 20) for run in runs]

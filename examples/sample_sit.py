@@ -4,10 +4,12 @@
         --output outputs/sit-50k                                         # SiT's SDE in 250 steps, 50 000 pictures
     python examples/sample_sit.py ... --solver heun --steps 50 --guidance 1.8 --guidance-interval 0 0.75
     python examples/sample_sit.py ... --classes 207 360 --guidance 4 --count 8 --output outputs/look
+    python examples/sample_sit.py ... --save-latents --output outputs/made     # for downstream.py --normalized
 
 Noise and class of a picture depend on the seed and its number alone, and pictures are made in the same batches by
-however many processes. A killed run goes on by the same command. `output.npz` holds all (arr_0, uint8 N H W 3);
-the folder `output` holds the batches that it is made of, and may be removed afterwards.
+however many processes. A killed run goes on by the same command. `output.npz` holds all (arr_0, uint8 N H W 3), and
+`output-latents.npz` what they are decoded from; the folder `output` holds the batches that both are made of, and may be
+removed afterwards.
 """
 
 import math
@@ -67,6 +69,8 @@ class Options:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the SiT; the VAE stays in float32."""
     seed: int = 0
+    save_latents: bool = False
+    """Also write `output-latents.npz`: `latents`, float32 N Z h w, as the SiT made them: normalised."""
     allow_pickle: bool = False
 
 
@@ -81,20 +85,26 @@ class Sampler:
         self.vae = load_measured_vae(options.vae, statistics, device, options.allow_pickle)
         channels, known = self.vae.config.latent_channels, self.model.config
         if channels != known.in_channels:
-            raise SystemExit(f"the VAE's latents have {channels} channels, the SiT's {known.in_channels}")
+            raise SystemExit(
+                f"the latents of {options.vae} have {channels} channels and the SiT {options.model} makes "
+                f"{known.in_channels}; wanted the --vae that it was trained on"
+            )
         check_classes(options.classes or (), known.num_embeds_ada_norm)
         with plain_errors():
             self.guidance = flow.Guidance(options.guidance, interval=options.guidance_interval)
             self.sigmas = schedule(options.solver, options.steps, options.last_step, options.shift)
 
-    def __call__(self, numbers: Sequence[int]) -> np.ndarray:
-        """The pictures of those numbers, uint8 N H W 3."""
-        pictures = generate(
-            self.model, self.vae, torch.tensor([self.class_of(number) for number in numbers]), self.sigmas,
-            self.guidance, self.options.solver, self.options.diffusion,
+    def __call__(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures of those numbers, uint8 N H W 3, and the latents that they are decoded from, float32 N Z h w."""
+        latents = generate_latents(
+            self.model, torch.tensor([self.class_of(number) for number in numbers]), self.sigmas, self.guidance,
+            self.options.solver, self.options.diffusion,
             [generator_of(self.options.seed, number) for number in numbers],
         )  # fmt: skip
-        return (pictures * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        with torch.no_grad(), plain_errors():
+            pictures = decode(self.vae, latents)
+        pixels = (pictures * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1)
+        return pixels.cpu().numpy(), latents.cpu().numpy()
 
     def class_of(self, number: int) -> int:
         options, classes = self.options, self.model.config.num_embeds_ada_norm
@@ -116,11 +126,26 @@ def generate(
     diffusion: float,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Pictures ``B 3 H W`` in [-1, 1], one of each class.
+    """Pictures ``B 3 H W`` in [-1, 1], of `generate_latents`."""
+    with plain_errors():
+        return decode(vae, generate_latents(model, classes, sigmas, guidance, solver, diffusion, generators))
+
+
+@torch.no_grad()
+def generate_latents(
+    model: DiTTransformer2DModel,
+    classes: Tensor,
+    sigmas: Tensor,
+    guidance: flow.Guidance,
+    solver: Solver,
+    diffusion: float,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """``B Z h w`` in fp32, normalised, one of each class.
 
     Args:
         sigmas: of `schedule`.
-        generators: one for each picture.
+        generators: one for each latent.
     """
     like, side = next(model.parameters()), model.config.sample_size
     shape = (model.config.in_channels, side, side)
@@ -134,7 +159,7 @@ def generate(
             latents = euler_maruyama(velocity, draw, sigmas, diffusion)
         else:
             latents = flow.sample(velocity, draw(), sigmas, solver=solver)
-        return decode(vae, latents.float())
+    return latents.float()
 
 
 def schedule(solver: Solver, steps: int, last_step: float = 0.04, shift: float = 1.0) -> Tensor:
@@ -178,13 +203,14 @@ def euler_maruyama(
     return state.to(first.dtype)
 
 
-def write_npz(parts: list[Path], file: Path) -> None:
-    """All parts as one array ``arr_0``, without holding them all at once."""
-    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-    header = {"descr": "|u1", "fortran_order": False, "shape": (sum(shape[0] for shape in shapes), *shapes[0][1:])}
+def write_npz(parts: list[Path], file: Path, name: str) -> None:
+    """All parts as one array of that name, without holding them all at once."""
+    first, shapes = np.load(parts[0], mmap_mode="r"), [np.load(part, mmap_mode="r").shape for part in parts]
+    kind = np.lib.format.dtype_to_descr(first.dtype)
+    header = {"descr": kind, "fortran_order": False, "shape": (sum(shape[0] for shape in shapes), *first.shape[1:])}
 
     def write(partial: Path) -> None:
-        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+        with zipfile.ZipFile(partial, "w") as archive, archive.open(f"{name}.npy", "w", force_zip64=True) as array:
             np.lib.format.write_array_header_1_0(array, header)
             for part in parts:
                 array.write(np.load(part).tobytes())
@@ -203,16 +229,21 @@ def main(options: Options) -> None:
         for first in range(0, options.count, options.batch_size)
     ]
     files = [options.output / f"{batch.start:07d}.npy" for batch in batches]
-    waiting = [job for job in zip(batches, files, strict=True) if not job[1].exists()]
+    beside = [options.output / f"{batch.start:07d}-latents.npy" for batch in batches]
+    waiting = [job for job in zip(batches, files, beside, strict=True) if not job[1].exists()]
     accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
     mine = waiting[accelerator.process_index :: accelerator.num_processes]
-    for batch, file in tqdm(mine, disable=not accelerator.is_main_process):
-        pictures = sampler(batch)
+    for batch, file, latents_file in tqdm(mine, disable=not accelerator.is_main_process):
+        pictures, latents = sampler(batch)
+        if options.save_latents:  # first: where the pictures are, the batch is done
+            write_whole(latents_file, lambda partial, latents=latents: save_array(latents, partial))
         write_whole(file, lambda partial, pictures=pictures: save_array(pictures, partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         whole = options.output.with_name(f"{options.output.name}.npz")
-        write_npz(files, whole)
+        write_npz(files, whole, "arr_0")
+        if options.save_latents:
+            write_npz(beside, options.output.with_name(f"{options.output.name}-latents.npz"), "latents")
         print(f"{options.count} pictures, {len(waiting)} of {len(files)} batches made now: {whole}")
 
 

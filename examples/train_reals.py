@@ -7,7 +7,8 @@ The teacher (DINOv2) is frozen; encoder, decoder and both MLPs of the alignment 
 names the terms: MSE, LPIPS, the adversary, KL and alignment. Weights, optimiser and schedule are open: each is an
 option here, its default the nearest project's, as its help says.
 
-`--kl 1e-6 1e-4 1e-2` trains one VAE for each KL weight and draws what became of them (the paper's Figure 5).
+`--kl 1e-6 1e-4 1e-2` trains one VAE for each KL weight and a small SiT in the latents of each, and draws how far its
+pictures are from real ones (the paper's Figure 5).
 One file for one CPU, one GPU and DDP: `accelerate config` chooses. `--resume` continues a killed run. `--help` lists
 every option; examples/README.md has the full-size command.
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from checkpoints import (
     Ema,
     accelerator_for,
@@ -113,6 +114,10 @@ class Options:
     kl: tuple[float, ...] = ()
     """Several KL weights: a run for each below output/kl..., then output/kl_sweep.png. `--resume` continues; finished
     runs are not trained again."""
+    sit_steps: int = 10_000
+    """Of --kl: training of a small SiT in each VAE's latents, whose pictures' Fréchet distance from the validation
+    pictures, in the teacher's features, is drawn; open. Needs one subfolder per class, `psvae[diffusers]`, and
+    thousands of --validation-count. 0 trains none and draws the error of reconstruction instead."""
     vae: str | None = None
     """Folder or Hub id of any VAE that PixelVAE reads, to start from; None for random weights. Open; as EQ-VAE, an SD
     VAE is the natural start."""
@@ -122,8 +127,8 @@ class Options:
     """A timm name (its published weights), or a folder of psvae, timm or transformers. The paper says DINOv2, its size
     is open; REPA's."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
-    """What cells are aligned with; open. Segmentation heads of DINOv2 read normed tokens, its depth heads pre-norm
-    ones."""
+    """What cells and pooled latents are aligned with, before or after the teacher's final norm; open. Segmentation
+    heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens."""
     merge: Literal[1, 2] = 1
     """Latent cells per teacher token on each axis: 1 shows the teacher one patch per cell (448 px for 32 x 32 latents),
     as the figure is drawn, 2 half of that; open."""
@@ -236,9 +241,56 @@ class Turn:
 
 def main(options: Options) -> dict[str, Any]:
     """Train one VAE, or one for each weight of ``--kl``; returns the validation measures."""
-    numbers = sweep(options, train) if options.kl else train(options)
+    numbers = sweep_kl(options) if options.kl else train(options)
     PartialState().destroy_process_group()
     return numbers
+
+
+def sweep_kl(options: Options) -> dict[str, dict[str, float]]:
+    """With the distance of pictures generated in each space, if a generator is to be trained."""
+    if not options.sit_steps:
+        return sweep(options, train)
+    import generation  # and with it diffusers, for this alone
+
+    if options.data.kind != "folder":
+        raise SystemExit(
+            f"--sit-steps reads a folder with one subfolder per class, and --data.kind is {options.data.kind}: pass "
+            "such a folder, or --sit-steps 0"
+        )
+    try:
+        generation.check_labelled(Path(options.data.path), options.data.size)
+    except SystemExit as error:
+        raise SystemExit(f"{error}; or --sit-steps 0") from error
+    return sweep(options, train, generated_distance, f"the pooled features of {options.teacher}")
+
+
+def generated_distance(options: Options) -> float:
+    """Fréchet, in the teacher's features pooled over the grid, of a small SiT's pictures in a finished run's latents
+    from as many validation pictures. Kept beside it as frechet.json."""
+    import generation
+
+    state, folder = PartialState(), options.output / f"sit{options.sit_steps}"
+    held_out = replace(options.data, path=options.validation or options.data.path)
+    real = validation_images(held_out, options.validation_count)
+    settings = {"features": options.teacher, "pictures": len(real)}
+    file = folder / "frechet.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    state.wait_for_everyone()  # all have looked before one writes
+    if known and all(known[name] == value for name, value in settings.items()):
+        return known["frechet"]
+    made = generation.generate(
+        generation.Options(
+            vae=options.output / "vae", data=Path(options.data.path), output=folder, size=options.data.size,
+            steps=options.sit_steps, count=len(real), flip=options.data.flip, workers=options.data.workers,
+            mixed_precision=options.mixed_precision, seed=options.seed,
+        )
+    )  # fmt: skip
+    found = [0.0]
+    if state.is_main_process:
+        teacher = build_teacher(options, PixelVAE.from_pretrained(options.output / "vae")).to(state.device)
+        found = [generation.distance(real, made, lambda part: teacher(part.to(state.device)).mean(dim=(2, 3)))]
+        write_text(file, json.dumps({"frechet": found[0], **settings}, indent=2) + "\n")
+    return broadcast_object_list(found)[0]
 
 
 def train(options: Options) -> dict[str, float]:
@@ -409,7 +461,7 @@ class Training:
         weights = self.options.losses
         with torch.no_grad(), self.accelerator.autocast():
             seen = self.teacher(images, return_all=True)
-        patches = target_of(self.options, seen)
+        patches, pooled = targets_of(self.options, seen)
         shares = {"cosine_weight": weights.cosine, "smooth_l1_weight": weights.smooth_l1}
         if weights.form == "margins":
             cosine, similarity = weights.margins
@@ -417,7 +469,7 @@ class Training:
             patch = patch + losses.margin_similarity_loss(aligned.patch_features, patches, margin=similarity)
         else:
             patch = losses.alignment_loss(aligned.patch_features, patches, **shares)
-        cls = losses.alignment_loss(aligned.global_feature, seen.global_token, **shares)
+        cls = losses.alignment_loss(aligned.global_feature, pooled, **shares)
         terms |= {"align_patch": patch.detach(), "align_cls": cls.detach()}
         return weights.patch * patch + weights.cls * cls
 
@@ -514,7 +566,7 @@ def build_teacher(options: Options, vae: PixelVAE) -> SemanticEncoder:
     """Frozen, with its own final norm, seeing one patch for each latent cell or each 2 x 2 of them.
 
     Raises:
-        SystemExit: no such grid fits the images.
+        SystemExit: no such grid fits the images, or it has no CLS token where one is to be aligned with.
     """
     stride, folder = vae.latent_spec.stride * options.merge, Path(options.teacher)
     if options.data.size % stride:
@@ -528,6 +580,11 @@ def build_teacher(options: Options, vae: PixelVAE) -> SemanticEncoder:
         teacher = SemanticEncoder.from_pretrained(folder, stride=stride)
     else:
         teacher = SemanticEncoder.from_pretrained(folder, stride=stride, final_norm="affine")
+    if options.teacher_features == "pre_norm" and options.losses.cls and teacher.vit.cls_token is None:
+        raise SystemExit(
+            f"the teacher {options.teacher} has no CLS token, and --teacher-features pre_norm aligns pooled latents "
+            "with one: pass --losses.cls 0, or --teacher-features normed, which takes the mean of its patch tokens"
+        )
     return teacher.eval().requires_grad_(False)
 
 
@@ -541,9 +598,15 @@ def build_alignment(options: Options, vae: PixelVAE, teacher: SemanticEncoder) -
     )  # fmt: skip
 
 
-def target_of(options: Options, seen: EncoderTokens) -> Tensor:
-    """The teacher's patch features that cells are aligned with, ``B D h w``."""
-    return seen.features if options.teacher_features == "normed" else seen.pre_norm
+def targets_of(options: Options, seen: EncoderTokens) -> tuple[Tensor, Tensor]:
+    """What the teacher's two outputs are: patch features ``B D h w``, and the CLS token ``B D``.
+
+    Without a CLS token it is the mean of the patch tokens: SigLIP's normed one; a pre-norm one is refused, unless its
+    weight is 0.
+    """
+    if options.teacher_features == "normed":
+        return seen.features, seen.global_token
+    return seen.pre_norm, seen.pre_norm.mean(dim=(2, 3)) if seen.pre_norm_cls is None else seen.pre_norm_cls
 
 
 @torch.no_grad()
@@ -562,9 +625,10 @@ def validate(
             seen = None if teacher is None else teacher(part, return_all=True)
         row = picture_measures(output.sample, part)
         if aligned is not None and seen is not None:
-            patches = losses.cosine_similarity_map(aligned.patch_features, target_of(options, seen))
-            of_cls = F.cosine_similarity(aligned.global_feature.float(), seen.global_token.float())
-            row |= {"patch_cosine": patches.mean(), "cls_cosine": of_cls.mean()}
+            patches, pooled = targets_of(options, seen)
+            of_patches = losses.cosine_similarity_map(aligned.patch_features, patches)
+            of_cls = F.cosine_similarity(aligned.global_feature.float(), pooled.float())
+            row |= {"patch_cosine": of_patches.mean(), "cls_cosine": of_cls.mean()}
         rows.append({name: float(value) * len(part) for name, value in row.items()})
         moments.append((output.posterior.mean.float(), output.posterior.var.float()))
     means, variances = (torch.cat(parts) for parts in zip(*moments, strict=True))

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from psvae import AlignmentNet, AlignmentNetConfig, fit_latent_statistics, load_reals, save_reals
-from psvae.errors import CheckpointError
+from psvae.errors import CheckpointError, RangeWarning
 from psvae.losses import alignment_loss
+from tests.examples.generator_world import fresh_accelerator
 from tests.tiny import FEATURE_DIM, features, fill_weights, images, tiny_encoder, tiny_pixel_vae
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -268,6 +269,44 @@ def test_generated_latents_say_the_same_as_raw_ones(downstream, world, tmp_path)
     assert names[:2] == ["raw_000000.png", "raw_000001.png"]
 
 
+def test_latents_of_a_sit_are_read_as_sample_sit_leaves_them(downstream, heads, world, tmp_path):
+    sit, sample_sit = map(importlib.import_module, ("sit", "sample_sit"))
+    vae, alignment = load_reals(world / "reals")
+    model = sit.build_sit("tiny/2", 8, 4, 2)
+    torch.nn.init.normal_(model.proj_out_2.weight, std=0.02)  # a fresh one returns zero
+    sit.save_sit(model, vae.latent_spec, tmp_path / "sit")
+    fresh_accelerator()
+    sample_sit.main(
+        sample_sit.Options(
+            model=str(tmp_path / "sit"), vae=str(world / "reals" / "vae"), output=tmp_path / "made", count=5,
+            batch_size=3, solver="euler", steps=2, save_latents=True,
+        )
+    )  # fmt: skip
+    made = tmp_path / "made-latents.npz"
+    run(downstream, world, tmp_path / "seen", input=made, normalized=True, **both(world))
+    masks, depths = read_maps(tmp_path / "seen")
+    with np.load(made) as content:
+        raw = vae.latent_spec.denormalize(torch.from_numpy(content["latents"]))
+    patches, cls = alignment.requires_grad_(False)(raw)
+    segmentation, depth = (heads.read_head(file, D) for file in both(world).values())
+    assert (masks == segmentation(patches, (SIZE, SIZE)).argmax(1).numpy()).mean() > 0.99
+    np.testing.assert_allclose(depths, depth(patches, cls, (SIZE, SIZE)).numpy(), rtol=1e-3, atol=1e-3)
+    with np.load(tmp_path / "made.npz") as content:  # and the pictures are theirs
+        shown = content["arr_0"].transpose(0, 3, 1, 2) / 127.5 - 1
+    np.testing.assert_allclose(shown, vae.decode(raw).sample.detach().clamp(-1, 1).numpy(), atol=0.01)
+
+
+def test_statistics_applied_twice_are_warned_of(downstream, world, tmp_path):
+    """Here those of latents ten times as wide."""
+    shutil.copytree(world / "reals", tmp_path / "reals")
+    file = tmp_path / "reals" / "vae" / "mean_std.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({"mean": told["mean"], "std": 10 * told["std"]}))
+    twice = {"reals": tmp_path / "reals", "segmentation": world / "seg.safetensors"}
+    with pytest.warns(RangeWarning, match="standard deviations from their mean.*twice, or not at all"):
+        run(downstream, world, tmp_path / "out", input=world / "raw.safetensors", **twice)
+
+
 def test_a_head_of_the_teacher_is_applied_unchanged(downstream, heads, world, tmp_path):
     scores = run(downstream, world, tmp_path, **{"fit-head": world / "labelled", "steps": 60, "held-out": 4})
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
@@ -296,10 +335,18 @@ def test_pre_norm_features_are_normed_by_the_teacher(downstream, world, tmp_path
     expected = F.layer_norm(cells, (D,), norm.weight, norm.bias, norm.eps).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(norm(seen.pre_norm.movedim(1, -1)).movedim(-1, 1), seen.features)
+    reader = downstream.Reader(alignment, "pre_norm", norm)
+    torch.testing.assert_close(reader(raw, "normed")[1], norm(alignment(raw).global_feature))
+    torch.testing.assert_close(norm(seen.pre_norm_cls), seen.global_token)
+    for ours, theirs in zip(reader(raw, "pre_norm"), alignment(raw), strict=True):
+        assert ours.equal(theirs)
 
     options = {"input": world / "raw.safetensors", "segmentation": world / "seg.safetensors"}
     run(downstream, world, tmp_path, **options, **{"teacher-features": "pre_norm"})
     assert "reads normed tokens, the latents were aligned with pre_norm ones: the teacher's" in capsys.readouterr().out
+    depth = {"input": world / "raw.safetensors", "depth": world / "nyu.safetensors"}
+    run(downstream, world, tmp_path / "depth", **depth, **{"teacher-features": "pre_norm"})
+    assert "DepthHead" not in capsys.readouterr().out  # its tokens, patch and CLS alike
     shutil.copytree(world / "reals", tmp_path / "unknown", ignore=shutil.ignore_patterns("options.json"))
     run(downstream, world, tmp_path, **options, **{"reals": tmp_path / "unknown", "teacher-features": "pre_norm"})
     assert "name the --teacher" in capsys.readouterr().out
@@ -351,7 +398,11 @@ def test_masks_are_cut_as_their_pictures_are(downstream, tmp_path):
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),
         ({"fit-head": "labelled", "held-out": 99}, "too few to hold out every 99th"),
         ({"fit-head": "labelled", "teacher": "wide"}, "width 24 and the alignment network of 48"),
-        ({"segmentation": "seg.safetensors", "input": "labelled/images", "size": 20}, "20"),
+        ({"segmentation": "seg.safetensors", "input": "labelled/images", "size": 20}, "20 x 20; wanted multiples of the stride 8"),
+        (
+            {"segmentation": "seg.safetensors", "input": "raw.safetensors", "reals": "bare"},
+            "has no mean_std.json, .*fit",
+        ),
     ],
 )
 def test_bad_input(downstream, world, tmp_path, more, said):
@@ -364,6 +415,7 @@ def test_bad_input(downstream, world, tmp_path, more, said):
             shutil.copy(world / "labelled" / "images" / "00.png", world / folder / "images")
             if masks:
                 shutil.copytree(world / folder / "images", world / folder / "masks")
+        shutil.copytree(world / "reals", world / "bare", ignore=shutil.ignore_patterns("mean_std.json"))
         model = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
         tiny_encoder(model_args=model).save_pretrained(world / "wide")
     more = {name: world / value if isinstance(value, str) else value for name, value in more.items()}

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from psvae import PixelVAE, SemanticEncoder, load_reals, losses
+from psvae import PixelVAE, SemanticEncoder, SemanticEncoderConfig, load_reals, losses
 from psvae.errors import CheckpointError
 from tests.base import assert_close, assert_equal
 from tests.examples.generator_world import SIZE, command, environment, fresh_accelerator, png, run, script
@@ -33,6 +35,9 @@ def world(tmp_path_factory):
     for number in range(8):
         (root / "pictures" / f"{number}.png").write_bytes(png(number))
     (root / "vae.json").write_text(json.dumps(tiny_pixel_vae_config().to_dict()))
+    for number in range(6):
+        (root / "labelled" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
+        (root / "labelled" / f"class{number % 2}" / f"{number}.png").write_bytes(png(number))
     fill_weights(tiny_encoder()).save_pretrained(root / "teacher")
     return root
 
@@ -228,15 +233,16 @@ def test_two_processes_stay_in_step_with_an_adversary(world, tmp_path):
 def test_two_processes_from_the_command_line(world):
     text = run(
         command(
-            "train_reals", "--data.path", world / "pictures", "--data.size", SIZE, "--data.workers", 0, "--model",
+            "train_reals", "--data.path", world / "labelled", "--data.size", SIZE, "--data.workers", 0, "--model",
             world / "vae.json", "--teacher", world / "teacher", "--output", world / "two", "--steps", 1, "--kl", 1e-6,
             1e-2, "--mixed-precision", "no", "--tracker", "none", "--validation-count", 4, "--statistics-batches", 1,
-            "--batch-size", 2, "--losses.perceptual", 0, processes=2,
+            "--batch-size", 2, "--losses.perceptual", 0, "--sit-steps", 1, processes=2,
         )
     )  # fmt: skip
     assert "2 process(es), MULTI_CPU" in text
     for name in ("kl1e-06", "kl0.01"):
         assert load_reals(world / "two" / name).vae.latent_spec.channels == 8
+        assert (world / "two" / name / "sit1" / "frechet.json").exists()
     assert (world / "two" / "kl_sweep.png").stat().st_size > 1000
 
 
@@ -331,10 +337,31 @@ def test_cells_are_aligned_with_the_features_that_are_asked_for(world, tmp_path,
     with torch.no_grad():
         aligned = model(pictures, [train_reals.generator(0, place) for place in range(2)]).aligned
         seen = SemanticEncoder.from_pretrained(world / "teacher")(pictures, return_all=True)
-    target = seen.features if kind == "normed" else seen.pre_norm
-    assert terms["align_patch"].item() == pytest.approx(losses.alignment_loss(aligned.patch_features, target).item())
-    wanted = losses.alignment_loss(aligned.global_feature, seen.global_token).item()
-    assert terms["align_cls"].item() == pytest.approx(wanted)
+        found = train_reals.validate(model, made.teacher, pictures, made.options, made.accelerator)
+        mean = model.alignment(model.vae(pictures).latents)
+    patches, cls = (seen.features, seen.global_token) if kind == "normed" else (seen.pre_norm, seen.pre_norm_cls)
+    assert terms["align_patch"].item() == pytest.approx(losses.alignment_loss(aligned.patch_features, patches).item())
+    assert terms["align_cls"].item() == pytest.approx(losses.alignment_loss(aligned.global_feature, cls).item())
+    assert found["patch_cosine"] == pytest.approx(
+        F.cosine_similarity(mean.patch_features, patches).mean().item(), rel=1e-4
+    )
+    assert found["cls_cosine"] == pytest.approx(F.cosine_similarity(mean.global_feature, cls).mean().item(), rel=1e-4)
+
+
+def test_a_teacher_without_cls_has_none_before_its_norm(world, tmp_path):
+    """SigLIP: the normed patch tokens' mean, or nothing for pooled latents."""
+    shape = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    siglip = SemanticEncoder(SemanticEncoderConfig("vit_base_patch16_siglip_224.webli", shape, stride=8))
+    fill_weights(siglip).save_pretrained(tmp_path / "siglip")
+    chosen = {"teacher": str(tmp_path / "siglip"), "adversarial": 0.0}
+    with pytest.raises(SystemExit, match=r"siglip has no CLS token, .*: pass --losses.cls 0, or --teacher-features no"):
+        trainer(world, tmp_path / "a", **chosen, teacher_features="pre_norm")
+    for more in ({"teacher_features": "pre_norm", "cls": 0.0}, {}):
+        made = trainer(world, tmp_path / "b", **chosen, **more)
+        before = state(made.model.alignment)
+        steps(made)
+        learned = {name.partition(".")[0] for name in moved(made.model.alignment, before)}
+        assert learned == ({"patch"} if more else {"patch", "cls"})
 
 
 def test_a_folder_of_another_library_keeps_its_final_norm(world, tmp_path):
@@ -493,33 +520,105 @@ def test_a_sweep_trains_each_weight_once_and_draws_them(world, tmp_path):
         trained.append(one.losses.kl)
         return train_reals.train(one)
 
-    quick = partial(options, world, tmp_path, kl=(1e-6, 1e-1), steps=2, adversarial=0.0, checkpoint_every=1)
+    quick = partial(options, world, tmp_path, kl=(1e-6, 1e-1), steps=2, adversarial=0.0, checkpoint_every=9)
     fresh_accelerator()
     found = sweeping.sweep(quick(), counted)
     assert trained == [1e-6, 1e-1]
     assert [run["kl"] for run in found.values()] == trained
     first = (tmp_path / "kl1e-06" / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert (tmp_path / "kl_sweep.png").stat().st_size > 1000
-    with pytest.raises(SystemExit, match="pass --resume"):
+    with pytest.raises(SystemExit, match="kl1e-06 holds a finished run: pass --resume"):
         sweeping.sweep(quick(), counted)
+    (tmp_path / "kl0.1" / "metrics.json").unlink()
+    (tmp_path / "kl1e-06" / "metrics.json").rename(tmp_path / "aside.json")
+    (tmp_path / "kl0.1" / "checkpoints" / "step0000001").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"kl0.1/checkpoints holds checkpoints of an earlier run: pass --resume"):
+        sweeping.sweep(quick(), counted)
+    assert len(trained) == 2  # not even the first
+    (tmp_path / "kl0.1" / "checkpoints" / "step0000001").rmdir()
+    (tmp_path / "aside.json").rename(tmp_path / "kl1e-06" / "metrics.json")
     spaces = []
 
-    def distance(folder):
-        spaces.append(load_reals(folder).vae.config.latent_channels)
+    def distance(one):
+        spaces.append(load_reals(one.output).vae.config.latent_channels)
         return 3.0 + len(spaces)
 
-    again = sweeping.sweep(dataclasses.replace(quick(), resume=True), counted, distance)
+    again = sweeping.sweep(dataclasses.replace(quick(), resume=True), counted, distance, "the mean of all pixels")
     assert (tmp_path / "kl1e-06" / "vae" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == first
     assert [run["frechet"] for run in again.values()] == [4.0, 5.0]
     assert json.loads((tmp_path / "kl_sweep.json").read_text()) == again
-    sweeping.sweep(dataclasses.replace(quick(), resume=True), counted, distance)
-    assert len(spaces) == 2  # known
+
+
+def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
+    """In the frozen teacher's features; what is finished is not made again."""
+    quick = partial(
+        train, world, tmp_path, path=str(world / "labelled"), kl=(1e-6, 1.0), sit_steps=3, steps=4, adversarial=0.0,
+        lr=1e-2, validation_count=6,
+    )  # fmt: skip
+    found = quick()
+    assert list(found) == ["kl1e-06", "kl1"]
+    teacher = SemanticEncoder.from_pretrained(world / "teacher")
+    real = data.validation_images(data.DataOptions(str(world / "labelled"), size=SIZE), 6)
+    for name, numbers in found.items():
+        made = tmp_path / name / "sit3"
+        with np.load(made / "samples.npz") as content:
+            pictures = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
+        assert len(pictures) == 6
+        with torch.no_grad():
+            features = [teacher(part).mean((2, 3)) for part in (real, pictures)]
+        assert numbers["frechet"] == pytest.approx(script("frechet").frechet_distance(*features), rel=1e-3)
+        kept = json.loads((made / "frechet.json").read_text())
+        assert kept == {"frechet": numbers["frechet"], "features": str(world / "teacher"), "pictures": 6}
+        assert (made / "sit" / "model" / "config.json").exists()
+    assert found["kl1e-06"]["frechet"] != found["kl1"]["frechet"]
+    assert json.loads((tmp_path / "kl_sweep.json").read_text()) == found
+
+    def times():
+        files = [file for file in tmp_path.rglob("*") if file.is_file() and "kl_sweep" not in file.name]
+        return {file.relative_to(tmp_path): file.stat().st_mtime_ns for file in files}
+
+    before = times()
+    assert quick(resume=True) == found
+    assert times() == before
+    (tmp_path / "kl1" / "sit3" / "frechet.json").unlink()  # as a kill would leave it
+    again = quick(resume=True)
+    assert again["kl1"]["frechet"] == pytest.approx(found["kl1"]["frechet"])
+    for name in ("sit/model/diffusion_pytorch_model.safetensors", "samples/0000000.npy"):
+        file = Path("kl1", "sit3", name)
+        assert times()[file] == before[file]
+    assert list(found) == list(quick(sit_steps=0, resume=True))
+    assert "frechet" not in json.loads((tmp_path / "kl_sweep.json").read_text())["kl1"]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ({"path": "pictures"}, r"pictures has 0 subfolders with pictures and 8 pictures beside them; .*--sit-steps 0"),
+        ({"path": "labelled/class0"}, r"has 0 subfolders with pictures and 3 .*: wanted one subfolder per class"),
+        ({"path": "one"}, r"has 1 subfolders with pictures and 0 pictures beside them"),
+        ({"path": "beside"}, r"has 2 subfolders with pictures and 1 pictures beside them"),
+        ({"path": "nowhere"}, r"nowhere holds no images .*; or --sit-steps 0"),
+        (
+            {"path": "labelled", "kind": "webdataset"},
+            r"--data.kind is webdataset: pass such a folder, or --sit-steps 0",
+        ),
+    ],
+)
+def test_a_sweep_without_labels_is_refused_before_anything_is_trained(world, tmp_path, where, said):
+    for name in ("one/a", "beside/a", "beside/b", "beside"):
+        (world / name).mkdir(parents=True, exist_ok=True)
+        (world / name / "0.png").write_bytes(png(0))
+    chosen = {**where, "path": str(world / where["path"])}
+    with pytest.raises(SystemExit, match=said):
+        train(world, tmp_path, kl=(1e-6, 1e-2), **chosen)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plot_says_what_it_shows(tmp_path):
     plot = script("kl_sweep").plot
     runs = [{"kl": 1e-6, "psnr": 20.0, "latent_std": 5.0}, {"kl": 1e-2, "psnr": 18.0, "latent_std": 1.0}]
     assert plot(runs, tmp_path / "a.png").startswith("RMSE of reconstructions")
-    assert plot([run | {"frechet": 3.0} for run in runs], tmp_path / "b.png").startswith("Fréchet distance")
+    said = plot([run | {"frechet": 3.0} for run in runs], tmp_path / "b.png", "the features of X")
+    assert said == "Fréchet distance of generated pictures\nin the features of X"
     assert plot([runs[0] | {"frechet": 3.0}, runs[1]], tmp_path / "c.png").startswith("RMSE")
     assert plot([runs[0] | {"kl": 0.0}], tmp_path / "d.png")

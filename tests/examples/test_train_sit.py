@@ -359,7 +359,7 @@ def test_every_option_of_sampling_counts(world, tmp_path, how):
         sample_sit.Sampler(sampling_options(world, tmp_path, tmp_path, **more), torch.device("cpu"))
         for more in ({}, how)
     ]
-    assert not np.array_equal(*(sampler(range(2)) for sampler in samplers))
+    assert not np.array_equal(*(sampler(range(2))[0] for sampler in samplers))
 
 
 def test_classes_are_drawn_or_taken_in_turn(world, unbroken, tmp_path):
@@ -373,6 +373,39 @@ def test_classes_are_drawn_or_taken_in_turn(world, unbroken, tmp_path):
     assert classes() != classes(seed=1)
     with pytest.raises(SystemExit, match="labels 3 are out of range; there are 3 classes, 0 to 2"):
         classes(classes=(3,))
+
+
+def test_a_vae_of_other_latents_is_refused(world, tmp_path):
+    other = fill_weights(tiny_psvae("rae"))
+    fit_latent_statistics(other, [images(8)])
+    other.save_pretrained(tmp_path / "rae")
+    sit.save_sit(tiny_sit(), tiny_psvae().latent_spec, tmp_path / "model")
+    (tmp_path / "model" / sit.STATISTICS).unlink()  # they would not fit either
+    with pytest.raises(SystemExit, match=r"rae have 48 channels and the SiT .*model makes 8; wanted the --vae"):
+        sample(world, tmp_path, tmp_path / "out", vae=str(tmp_path / "rae"))
+
+
+@torch.no_grad()
+def test_saved_latents_are_what_the_pictures_are_decoded_from(world, unbroken, tmp_path):
+    """In batches that another run of the same command does not make again."""
+    pictures = sample(world, unbroken, tmp_path / "made", save_latents=True)
+    assert np.array_equal(pictures, sample(world, unbroken, tmp_path / "plain"))
+    assert not (tmp_path / "plain-latents.npz").exists()
+
+    def latents_of():
+        with np.load(tmp_path / "made-latents.npz") as content:
+            assert list(content) == ["latents"]
+            return content["latents"]
+
+    made = latents_of()
+    assert (made.dtype, made.shape) == (np.float32, (7, 8, 4, 4))
+    vae = sit.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    decoded = script("sampling").decode(vae, torch.from_numpy(made))
+    seen = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+    assert float((decoded - seen).abs().max()) < 0.6 / 127.5
+    (tmp_path / "made" / "0000004.npy").unlink()  # killed after the latents were written
+    sample(world, unbroken, tmp_path / "made", save_latents=True)
+    assert np.array_equal(latents_of(), made)
 
 
 @torch.no_grad()
