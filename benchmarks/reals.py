@@ -244,13 +244,9 @@ def training_options(options: Options, folder: Path, terms: Terms, dtype: str) -
 
 def build(chosen: train_reals.Options, accelerator: Accelerator) -> train_reals.Training:
     """As the example does, but with random weights in LPIPS, whose own would be downloaded."""
-    weights = chosen.losses
     train_reals.check(chosen)
-    made = train_reals.Training(replace(chosen, losses=replace(weights, perceptual=0.0)), accelerator)
-    made.build()
-    made.options = chosen
-    if weights.perceptual:
-        made.perceptual = random_lpips().to(accelerator.device)
+    made = train_reals.Training(chosen, accelerator)
+    made.build(random_lpips() if chosen.losses.perceptual else None)
     return made
 
 

@@ -83,7 +83,7 @@ class Options:
     ignore: int = 255
     """Number in the masks that is no class."""
     held_out: int = 5
-    """Every so many-th labelled picture is not fitted to, and measured."""
+    """One labelled picture in so many is not fitted to, and measured. Drawn by the seed: classes may come in turn."""
     steps: int = 2000
     """Of fitting. DINOv2's heads took 40 000."""
     lr: float = 1e-3
@@ -213,16 +213,21 @@ def features_of(encode: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> I
         yield features, masks
 
 
+def split(count: int, options: Options) -> tuple[list[int], list[int]]:
+    """Places to fit to and places to hold out; the same for the same number of pictures and seed."""
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    held_out = count // options.held_out
+    return sorted(drawn[held_out:]), sorted(drawn[:held_out])
+
+
 def fit(
     labelled: Labelled, teacher: SemanticEncoder, latent_features: Callable[[Tensor], Tensor], options: Options
 ) -> tuple[SegmentationHead, list[Path], dict[str, float]]:
     """A head of the teacher's features; the held-out pictures, and how well it does there on either's features."""
-    places = range(len(labelled))
-    held_out = [place for place in places if place % options.held_out == options.held_out - 1]
-    fitted = [place for place in places if place not in set(held_out)]
-    if not held_out or not fitted:
+    fitted, held_out = split(len(labelled), options)
+    if not held_out:
         raise SystemExit(
-            f"{options.fit_head} has {len(labelled)} labelled pictures, too few to hold out every {options.held_out}th"
+            f"{options.fit_head} has {len(labelled)} labelled pictures, too few to hold out one in {options.held_out}"
         )
     loading = {"batch_size": options.batch_size, "num_workers": options.workers}
     torch.manual_seed(options.seed)

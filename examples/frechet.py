@@ -1,17 +1,21 @@
 """How far pictures are from a reference: FID and its kin where Inception is, else a distance in a named encoder.
 
     python examples/frechet.py --samples outputs/sit-50k.npz --reference VIRTUAL_imagenet256_labeled.npz \
-        --inception weights-inception-2015-12-05-6726825d.pth             # pip install torch-fidelity
+        --inception weights-inception-2015-12-05-6726825d.pth
     python examples/frechet.py --samples outputs/sit.npz --reference /data/val --encoder outputs/teacher
 
-FID, sFID, Inception score, precision and recall need torch-fidelity and its Inception weights. Without them it says so,
-and measures the Fréchet distance between the features of `--encoder`, averaged over each picture. That number is
-comparable with others of the same encoder alone, and is no FID.
+FID, sFID, Inception score, precision and recall need torch-fidelity and its Inception weights. They are those of ADM's
+evaluator (openai/guided-diffusion, evaluations/evaluator.py) but for one thing: they compare with the pictures of the
+reference, and ADM's FID and sFID with the statistics of all of ImageNet, where the reference holds them too.
+
+Without Inception it says so, and measures the Fréchet distance between the features of `--encoder`, averaged over each
+picture. That number is comparable with others of the same encoder alone, and is no FID.
 """
 
 import importlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from psvae import SemanticEncoder
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
-SPATIAL_CHANNELS = 7  # of Inception's third 17 x 17 block, ADM's sFID
+SPATIAL_CHANNELS = 7  # of ADM's sFID
+NEIGHBOURS = 3  # of ADM's precision and recall
+SCORED = 5000  # pictures of each of the Inception scores that ADM averages, in their order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +106,21 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     first, second = first.double(), second.double()
     if not (first.isfinite().all() and second.isfinite().all()):
         raise SystemExit("the features hold NaN or infinity; wanted finite ones: look at the pictures and the encoder")
-    covariances = [torch.atleast_2d(features.T.cov()) for features in (first, second)]
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    between = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()  # Tr (Σ₁ Σ₂)^½
-    spread = sum(covariance.trace() for covariance in covariances) - 2 * between
+    centred = [(rows - rows.mean(0)) / math.sqrt(len(rows) - 1) for rows in (first, second)]
+    one, two = (torch.linalg.qr(rows, mode="r").R for rows in centred)  # Σ = Rᵀ R
+    between = torch.linalg.svdvals(one @ two.T).sum()  # the singular values of R₁ R₂ᵀ are the roots of Σ₁ Σ₂'s values
+    spread = one.square().sum() + two.square().sum() - 2 * between
     return max(0.0, float((first.mean(0) - second.mean(0)).square().sum() + spread))
+
+
+def warned_distance(first: Tensor, second: Tensor) -> float:
+    """`frechet_distance`, and a word where the pictures are too few for it."""
+    count, width = min(len(first), len(second)), first.shape[1]
+    if count <= width:
+        print(
+            f"{count} pictures for {width} features: the distance is biased upwards; wanted many more", file=sys.stderr
+        )
+    return frechet_distance(first, second)
 
 
 def encoder_measures(samples: Dataset, reference: Dataset, options: Options, device: torch.device) -> dict[str, Any]:
@@ -118,45 +133,48 @@ def encoder_measures(samples: Dataset, reference: Dataset, options: Options, dev
             )
             for pictures in (reference, samples)
         ]
-    count, width = min(map(len, found)), found[0].shape[1]
-    if count <= width:
-        print(
-            f"{count} pictures for {width} features: the distance is biased upwards; wanted many more", file=sys.stderr
-        )
-    return {"frechet_distance": frechet_distance(*found), "features": f"{options.encoder}, mean over the grid"}
+    return {"frechet_distance": warned_distance(*found), "features": f"{options.encoder}, mean over the grid"}
 
 
 def inception_measures(
     samples: Dataset, reference: Dataset, weights: Path, options: Options, device: torch.device
 ) -> dict[str, float]:
-    """FID, Inception score, precision and recall by torch-fidelity, and ADM's sFID on the same network."""
-    fidelity = importlib.import_module("torch_fidelity")
-    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    found = fidelity.calculate_metrics(
-        input1=samples, input2=reference, isc=True, fid=True, prc=True, feature_extractor="inception-v3-compat",
-        feature_layer_prc="2048", feature_extractor_weights_path=str(weights),  # as ADM: its default is VGG's
-        batch_size=options.batch_size, cuda=device.type == "cuda", verbose=False,
-    )  # fmt: skip
-    network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
+    """By torch-fidelity's Inception, score and manifolds; one pass over the pictures."""
+    if min(len(samples), len(reference)) <= NEIGHBOURS:
+        raise SystemExit(
+            f"{len(samples)} pictures came, and {len(reference)} as the reference; precision and recall go by the "
+            f"{NEIGHBOURS} nearest others: wanted more of each"
+        )
+    parts = ("feature_extractor_inceptionv3", "metric_isc", "metric_prc")
+    inception, score, manifold = (importlib.import_module(f"torch_fidelity.{part}") for part in parts)
+    layers = ["2048", "logits_unbiased"]
+    network = inception.FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights)).to(device)
+    # ADM takes mixed_6/conv of TensorFlow's graph after its ReLU: the block's first branch, so its first channels
     seen: list[Tensor] = []
-    network.Mixed_6d.branch1x1.conv.register_forward_hook(
+    network.Mixed_6d.register_forward_hook(
         lambda _module, _inputs, maps: seen.append(maps[:, :SPATIAL_CHANNELS].flatten(1))
     )
 
-    def spatial(batch: Tensor) -> Tensor:
-        network(batch)
-        return seen.pop()
+    def read(batch: Tensor) -> Tensor:
+        return torch.cat([*network(batch), seen.pop()], dim=1)
 
-    both = [features_of(pictures, spatial, options, device) for pictures in (reference, samples)]
-    names = {"fid": "frechet_inception_distance", "is": "inception_score_mean"}
-    names |= {"precision": "precision", "recall": "recall"}
-    return {ours: float(found[theirs]) for ours, theirs in names.items()} | {"sfid": frechet_distance(*both)}
+    sizes = (2048, network.fc.out_features, SPATIAL_CHANNELS * 17 * 17)
+    found = (features_of(pictures, read, options, device).split(sizes, dim=1) for pictures in (reference, samples))
+    (real, _, real_maps), (made, logits, made_maps) = found
+    scores = score.isc_features_to_metric(logits, splits=math.ceil(len(logits) / SCORED), shuffle=False)
+    shares = manifold.prc_features_to_metric(
+        made.float(), real.float(), prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+    )
+    return {
+        "fid": frechet_distance(real, made), "sfid": frechet_distance(real_maps, made_maps),
+        "is": scores["inception_score_mean"], "precision": shares["precision"], "recall": shares["recall"],
+    }  # fmt: skip
 
 
 def why_no_inception(weights: Path) -> str:
     """In words; empty where it is there."""
     if importlib.util.find_spec("torch_fidelity") is None:
-        return "torch-fidelity is not installed (pip install torch-fidelity)"
+        return "torch-fidelity is not installed (pip install 'torch-fidelity>=0.4')"
     return "" if weights.is_file() else f"there are no Inception weights at {weights}"
 
 

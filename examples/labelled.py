@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cache_latents import MANIFEST, CachedLatents, Images
+from cache_latents import MANIFEST, CachedLatents, Images, digest_of
 from cache_latents import Options as ImageOptions
+from checkpoints import changed
 from safetensors import safe_open
-from sampling import plain_errors
-from sit import check_classes, generator_of
+from sampling import generator_of, plain_errors
+from sit import check_classes
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -135,6 +136,9 @@ def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cac
             f"{options.path} holds latents of {channels} channels, and the VAE makes {vae.config.latent_channels}: "
             "pass the --vae that they were cached with"
         )
+    said = changed({"vae": data.latents.manifest["vae"]}, {"vae": digest_of(vae)}) if isinstance(data, Cached) else ""
+    if said:
+        raise SystemExit(f"{options.path} holds latents of another VAE ({said}): pass the --vae that cached them")
     if height != width:
         raise SystemExit(f"{options.path} holds latents of {height} x {width}; diffusers' DiT takes squares")
     return data

@@ -26,8 +26,8 @@ import tyro
 from accelerate import Accelerator
 from checkpoints import write_whole
 from diffusers import DiTTransformer2DModel
-from sampling import claim, decode, plain_errors
-from sit import STATISTICS, check_classes, generator_of, guided_velocity, load_measured_vae, load_sit
+from sampling import claim, decode, generator_of, load_measured_vae, plain_errors
+from sit import STATISTICS, check_classes, guided_velocity, load_sit
 from torch import Tensor
 from tqdm import tqdm
 

@@ -6,7 +6,6 @@ SiT has one embedding for all, and so has this. And it starts from PyTorch's wei
 
 import copy
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,9 @@ from checkpoints import write_whole
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors.torch import save_file
-from sampling import load_vae, plain_errors
 from torch import Tensor, nn
 
-from psvae import PSVAE, LatentSpec, PixelVAE, flow, load_latent_statistics
-from psvae.hub.statistics import MEAN_STD
+from psvae import LatentSpec, flow
 
 PRESETS = {"tiny/2": (4, 192, 3), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
 STATISTICS = "latents_stats.safetensors"  # beside a saved SiT: those of the latents that it was trained on
@@ -125,11 +122,6 @@ def check_classes(found: Any, classes: int) -> None:
         raise SystemExit(f"labels {shown} are out of range; there are {classes} classes, 0 to {classes - 1}")
 
 
-def generator_of(*position: object) -> torch.Generator:
-    """Whose numbers follow from the position alone."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
-
-
 # Folders
 
 
@@ -150,33 +142,3 @@ def load_sit(folder: str) -> DiTTransformer2DModel:
         return DiTTransformer2DModel.from_pretrained(folder).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} holds no SiT as train_sit.py writes it: {error}") from error
-
-
-def load_measured_vae(
-    name: str, statistics: Path | None, device: torch.device, allow_pickle: bool = False
-) -> PSVAE | PixelVAE:
-    """A frozen VAE whose latents `sampling.scale_latents` brings to about N(0, 1): by its constants (SD, FLUX) or by
-    statistics, those of a file or of its own, which then replace the constants.
-
-    Raises:
-        SystemExit: it has neither.
-    """
-    vae = load_vae(name, device, allow_pickle)
-    beside = Path(name) / MEAN_STD
-    file = statistics or (beside if beside.is_file() else None)
-    spec = vae.latent_spec
-    with plain_errors():
-        if file is not None:
-            load_latent_statistics(spec, file, allow_pickle=allow_pickle)
-    measured = bool(((spec.mean != 0) | (spec.std != 1)).any())
-    constant = isinstance(vae, PixelVAE) and (vae.config.scaling_factor, vae.config.shift_factor or 0.0) != (1.0, 0.0)
-    if not measured and not constant:
-        raise SystemExit(
-            f"the latents of {name} have no statistics, so a generator cannot see them as N(0, 1): pass --statistics "
-            "(mean_std.json of ReaLS, or latents_stats.pt of cache_latents.py with --allow-pickle), or measure and "
-            "save them with psvae.fit_latent_statistics(vae, batches)"
-        )
-    if measured and constant:  # statistics are of raw latents: both would scale twice
-        print(f"{name} has statistics and the scale {vae.config.scaling_factor}: its latents go by the statistics")
-        vae.config = vae.config.replace(scaling_factor=1.0, shift_factor=None)
-    return vae

@@ -14,13 +14,13 @@ every option; examples/README.md has the full-size command.
 """
 
 import json
+import math
 import shlex
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -30,20 +30,25 @@ from checkpoints import (
     Ema,
     accelerator_for,
     averaged,
+    changed,
     first_step,
     learning_rate,
     mean_of,
     read_names,
     refuse_to_start_over,
     save_checkpoint,
+    stop_at_nan,
     write_names,
     write_options,
     write_text,
 )
 from data import Batch, DataOptions, batches, validation_images
+from equivariance import Turn
 from kl_sweep import sweep
 from measures import active_channels, load_lpips, picture_measures
 from pictures import save_samples
+from reals_losses import LossOptions, Output, aligns, seen_by, targets_of, training_terms
+from sampling import generator_of, plain_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -51,8 +56,6 @@ from tqdm import tqdm
 from psvae import (
     AlignmentNet,
     AlignmentNetConfig,
-    AlignmentOutput,
-    DiagonalGaussian,
     PixelVAE,
     PixelVAEConfig,
     SemanticEncoder,
@@ -60,48 +63,15 @@ from psvae import (
     losses,
     save_reals,
 )
-from psvae.encoders import EncoderTokens
 
 FOR_PATCHGAN = 24  # the smallest picture of which the discriminator makes a logit, in pixels
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """Weights of the terms. The paper's figure says which terms there are and gives no weight; each term is a mean
-    unless it says otherwise."""
-
-    mse: float = 1.0
-    """Of the squared error; the figure's "MSE Loss"."""
-    perceptual: float = 1.0
-    """Of LPIPS (VGG), whose weights torchvision downloads; LDM's. 0 leaves it out."""
-    kl: float = 1e-6
-    """Of the KL to N(0, 1), for one run; open. Summed over a latent beside mean pixel terms, as in REPA-E, it pulls far
-    harder than in LDM, as the scale of the released latents suggests of ReaLS."""
-    kl_reduction: Literal["sum", "mean"] = "sum"
-    """Over channels and cells; open, LDM's."""
-    patch: float = 1.0
-    """Of the alignment of every latent cell; open. 0, with `--losses.cls 0`, trains a plain VAE without a teacher."""
-    cls: float = 1.0
-    """Of the alignment of pooled latents to the CLS token; open."""
-    cosine: float = 0.9
-    """Of 1 - cosine in the alignment, known at second hand; AM-RADIO's."""
-    smooth_l1: float = 0.1
-    """Of smooth L1 in the alignment, likewise."""
-    form: Literal["reals", "margins"] = "reals"
-    """Of the cells' alignment. `margins`: VA-VAE's two terms, to which it adds no CLS term (`--losses.cls 0`)."""
-    margins: tuple[float, float] = (0.5, 0.25)
-    """VA-VAE's, of the cosine and of the cells' similarity."""
-    adaptive: bool = False
-    """Weigh the alignment by VA-VAE's ratio of gradients at the encoder's last layer, times the weights above (its own:
-    0.1); open."""
-    detach: bool = False
-    """Let the alignment network read the latents and teach the VAE nothing: a plain VAE to compare with."""
-    adversarial: float = 0.5
-    """Of the hinge PatchGAN, times LDM's adaptive weight; open, LDM's. 0 leaves the discriminator out."""
-    adversarial_start: int = 50_001
-    """Step from which it counts; open, LDM's."""
-    equivariance: float = 0.0
-    """Share of steps on which latents and target are scaled and turned alike; no part of ReaLS (EQ-VAE: 0.5)."""
+LEAST = {
+    0: ("data.workers", "steps", "sit_steps", "warmup"),
+    1: (
+        "data.size", "align_layers", "align_hidden", "batch_size", "accumulate", "log_every", "sample_every",
+        "checkpoint_every", "keep_checkpoints", "validation_count", "statistics_batches",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,16 +86,20 @@ class Options:
     runs are not trained again."""
     sit_steps: int = 10_000
     """Of --kl: training of a small SiT in each VAE's latents, whose pictures' Fréchet distance from the validation
-    pictures, in the teacher's features, is drawn; open. Needs one subfolder per class, `psvae[diffusers]`, and
-    thousands of --validation-count. 0 trains none and draws the error of reconstruction instead."""
+    pictures, in the teacher's features, is drawn; open. Needs one subfolder per class, `psvae[diffusers]`, and more
+    --validation-count than the teacher's features are wide, better thousands. 0 trains none and draws the error of
+    reconstruction instead."""
     vae: str | None = None
     """Folder or Hub id of any VAE that PixelVAE reads, to start from; None for random weights. Open; as EQ-VAE, an SD
     VAE is the natural start."""
     model: Path | None = None
     """JSON file of PixelVAEConfig for random weights; None is SD's."""
+    allow_pickle: bool = False
+    """Of `--vae`: the files of VA-VAE and REPA-E are pickles, read with PyTorch's restricted unpickler."""
     teacher: str = "vit_base_patch14_dinov2.lvd142m"
     """A timm name (its published weights), or a folder of psvae, timm or transformers. The paper says DINOv2, its size
-    is open; REPA's."""
+    is open; REPA's. Open too is the mean and std of the picture that it sees: its own, REPA-E's. A folder's config.json
+    may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in [-1, 1]."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
     """What cells and pooled latents are aligned with, before or after the teacher's final norm; open. Segmentation
     heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens."""
@@ -140,12 +114,16 @@ class Options:
     """Open, REPA's."""
     align_pooling: Literal["mean", "max"] = "mean"
     """Of latents for MLP_cls; open."""
+    align_reads: Literal["sample", "mean"] = "sample"
+    """What both MLPs read while training, of the posterior; open. The figure's arrows leave what the decoder reads, a
+    sample; VA-VAE's."""
     losses: LossOptions = field(default_factory=LossOptions)
     steps: int = 200_000
     """Open."""
     batch_size: int = 8
     """Per process and accumulation step; open: VA-VAE's 256 is 32 processes of 8."""
     accumulate: int = 1
+    """Batches of each process to one step of the optimiser; open."""
     lr: float = 1e-4
     """Open, VA-VAE's."""
     betas: tuple[float, float] = (0.5, 0.9)
@@ -153,12 +131,13 @@ class Options:
     warmup: int = 1000
     """Steps of linear warm-up; open."""
     final_lr: float = 1.0
-    """Share of the learning rate that a cosine reaches at the end; 1 keeps it constant."""
+    """Share of the learning rate that a cosine reaches at the end; 1 keeps it constant, as VA-VAE. Open."""
     clip: float = 1.0
     """Largest gradient norm, of the VAE and of the alignment network each; open."""
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones saved; open. 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Of what is trained; open, ours (VA-VAE: fp32). The teacher is always in bf16."""
     seed: int = 0
     resume: bool = False
     """Continue from the newest checkpoint below the output."""
@@ -168,75 +147,36 @@ class Options:
     checkpoint_every: int = 2000
     keep_checkpoints: int = 2
     validation: str | None = None
-    """Images of the same kind as the data; without it the first ones of the training data."""
+    """Images of the same kind as the data; without it some of the training data."""
     validation_count: int = 64
+    """Spread evenly over a folder, so over its classes."""
     statistics_batches: int = 100
     """Batches of each process from which mean_std.json is measured."""
     tracker: str = "tensorboard"
     """Any of accelerate's trackers, or `none`."""
 
 
-class Output(NamedTuple):
-    """Of one pass.
-
-    Attributes:
-        sample: decoded from the sampled latents, or from the transformed ones, ``B 3 H W``.
-        latents: ``B Z h w``, sampled, raw.
-        parameters: of the posterior.
-        aligned: what the alignment network reads from the latents; None without one.
-    """
-
-    sample: Tensor
-    latents: Tensor
-    parameters: Tensor
-    aligned: AlignmentOutput | None
-
-
 class Aligned(nn.Module):
     """What is trained, behind one forward, so that DDP sees every gradient."""
 
-    def __init__(self, vae: PixelVAE, alignment: AlignmentNet | None, detach: bool = False) -> None:
+    def __init__(
+        self,
+        vae: PixelVAE,
+        alignment: AlignmentNet | None,
+        reads: Literal["sample", "mean"] = "sample",
+        detach: bool = False,
+    ) -> None:
         super().__init__()
-        self.vae, self.alignment, self.detach = vae, alignment, detach
+        self.vae, self.alignment, self.reads, self.detach = vae, alignment, reads, detach
 
-    def forward(self, images: Tensor, noise: list[torch.Generator], turn: "Turn | None" = None) -> Output:
+    def forward(self, images: Tensor, noise: list[torch.Generator], turn: Turn | None = None) -> Output:
         """Images ``B 3 H W`` in [-1, 1] → what the losses need."""
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.sample(noise)
         sample = self.vae.decode(latents if turn is None else turn.latents(latents)).sample
-        read = latents.detach() if self.detach else latents
-        aligned = None if self.alignment is None else self.alignment(read)
+        read = latents if self.reads == "sample" else posterior.mode()
+        aligned = None if self.alignment is None else self.alignment(read.detach() if self.detach else read)
         return Output(sample, latents, posterior.parameters, aligned)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """EQ-VAE's transformation: a scale of 8/32 to 31/32, then one to three quarter turns."""
-
-    SMALLEST, PARTS = 8, 32
-
-    scale: float
-    quarters: int
-
-    @classmethod
-    def draw(cls, share: float, *place: object) -> "Turn | None":
-        """One for that share of the places, the same for a place every time."""
-        noise = generator(*place, "turn")
-        if torch.rand(1, generator=noise) >= share:
-            return None
-        parts = torch.randint(cls.SMALLEST, cls.PARTS, (1,), generator=noise)
-        return cls(parts.item() / cls.PARTS, int(torch.randint(1, 4, (1,), generator=noise)))
-
-    def latents(self, latents: Tensor) -> Tensor:
-        """``B Z h w`` → ``B Z w' h'``, whole cells."""
-        return self._turn(latents, [max(1, round(side * self.scale)) for side in latents.shape[-2:]])
-
-    def images(self, images: Tensor, stride: int) -> Tensor:
-        """The target of such latents."""
-        return self._turn(images, [max(1, round(side // stride * self.scale)) * stride for side in images.shape[-2:]])
-
-    def _turn(self, maps: Tensor, size: list[int]) -> Tensor:
-        return torch.rot90(F.interpolate(maps, size, mode="bilinear"), self.quarters, (2, 3))
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -248,6 +188,7 @@ def main(options: Options) -> dict[str, Any]:
 
 def sweep_kl(options: Options) -> dict[str, dict[str, float]]:
     """With the distance of pictures generated in each space, if a generator is to be trained."""
+    check(options)
     if not options.sit_steps:
         return sweep(options, train)
     import generation  # and with it diffusers, for this alone
@@ -261,6 +202,12 @@ def sweep_kl(options: Options) -> dict[str, dict[str, float]]:
         generation.check_labelled(Path(options.data.path), options.data.size)
     except SystemExit as error:
         raise SystemExit(f"{error}; or --sit-steps 0") from error
+    width = width_of(options.teacher)
+    if options.validation_count <= width:
+        raise SystemExit(
+            f"--validation-count {options.validation_count} pictures say nothing about the distance in the {width} "
+            f"features of {options.teacher}: wanted more than {width}, better thousands; or --sit-steps 0"
+        )
     return sweep(options, train, generated_distance, f"the pooled features of {options.teacher}")
 
 
@@ -269,18 +216,22 @@ def generated_distance(options: Options) -> float:
     from as many validation pictures. Kept beside it as frechet.json."""
     import generation
 
-    state, folder = PartialState(), options.output / f"sit{options.sit_steps}"
+    state, size = PartialState(), options.data.size
+    folder = options.output / f"sit{options.sit_steps}-{size}px-seed{options.seed}"
     held_out = replace(options.data, path=options.validation or options.data.path)
     real = validation_images(held_out, options.validation_count)
-    settings = {"features": options.teacher, "pictures": len(real)}
+    settings = {
+        "features": options.teacher, "merge": options.merge, "validation": held_out.path, "pictures": len(real),
+        "size": size, "seed": options.seed,
+    }  # fmt: skip
     file = folder / "frechet.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     state.wait_for_everyone()  # all have looked before one writes
-    if known and all(known[name] == value for name, value in settings.items()):
+    if known and not changed(known, settings):
         return known["frechet"]
     made = generation.generate(
         generation.Options(
-            vae=options.output / "vae", data=Path(options.data.path), output=folder, size=options.data.size,
+            vae=options.output / "vae", data=Path(options.data.path), output=folder, size=size,
             steps=options.sit_steps, count=len(real), flip=options.data.flip, workers=options.data.workers,
             mixed_precision=options.mixed_precision, seed=options.seed,
         )
@@ -311,9 +262,22 @@ def check(options: Options) -> None:
     """What would only show after models are loaded.
 
     Raises:
-        SystemExit: options that do not go together.
+        SystemExit: a number that is too small, a file that is not there, options that do not go together.
     """
     weights = options.losses
+    numbers = {f"data.{name}": getattr(options.data, name) for name in ("size", "workers")} | vars(options)
+    for least, names in LEAST.items():
+        for name in names:
+            if numbers[name] < least:
+                raise SystemExit(f"--{name.replace('_', '-')} is {numbers[name]}; wanted at least {least}")
+    folders = [f"{weight:g}" for weight in options.kl]
+    twice = sorted({name for name in folders if folders.count(name) > 1})
+    if twice:
+        raise SystemExit(f"--kl has {', '.join(twice)} more than once; wanted each weight once: its run has a folder")
+    if options.vae is None and options.model is not None and not options.model.is_file():
+        raise SystemExit(f"--model {options.model} is no file; wanted JSON of a PixelVAEConfig")
+    if aligns(weights) or (options.kl and options.sit_steps):
+        config_of(options.teacher)
     if weights.adaptive and (weights.detach or not aligns(weights)):
         raise SystemExit("--losses.adaptive weighs gradients that the alignment gives the VAE; here it gives it none")
     smallest = options.data.size * Turn.SMALLEST / Turn.PARTS
@@ -366,22 +330,26 @@ class Training:
         bar.close()
         return self._finish(stream)
 
-    def build(self) -> None:
-        """Models, optimisers and held-out images."""
+    def build(self, perceptual: nn.Module | None = None) -> None:
+        """Models, optimisers and held-out images.
+
+        Args:
+            perceptual: LPIPS, frozen; None loads its published weights, unless the term's weight is 0.
+        """
         options, accelerator = self.options, self.accelerator
         held_out = replace(options.data, path=options.validation or options.data.path)
         self.held_out = validation_images(held_out, options.validation_count)
         torch.manual_seed(options.seed)
         self.teacher = self.perceptual = self.discriminator = None
-        with accelerator.main_process_first():  # one process downloads, the others find the files
+        with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
             vae = build_vae(options)
             if aligns(options.losses):
                 self.teacher = build_teacher(options, vae).to(accelerator.device)
             if options.losses.perceptual:
-                self.perceptual = load_lpips().to(accelerator.device)
+                self.perceptual = (load_lpips() if perceptual is None else perceptual).to(accelerator.device)
         alignment = None if self.teacher is None else build_alignment(options, vae, self.teacher)
         self.configs = vae.config, alignment and alignment.config
-        model = Aligned(vae, alignment, options.losses.detach).train()
+        model = Aligned(vae, alignment, options.align_reads, options.losses.detach).train()
         optimizer = torch.optim.Adam(model.parameters(), options.lr, options.betas)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if options.losses.adversarial:
@@ -407,21 +375,24 @@ class Training:
             images = batch.images.to(accelerator.device, non_blocking=True)
             first = (self.step * options.accumulate + part) * options.batch_size
             rank, world = accelerator.process_index, accelerator.num_processes
-            noise = [generator(options.seed, (first + item) * world + rank) for item in range(len(images))]
+            noise = [generator_of(options.seed, (first + item) * world + rank) for item in range(len(images))]
             with accelerator.accumulate(*[net for net in (self.model, self.discriminator) if net is not None]):
                 output = self.model(images, noise, turn)
                 target = images if turn is None else turn.images(images, self._plain().vae.latent_spec.stride)
                 terms = self._losses(output, images, target)
                 if self._adversary_counts():
                     terms["discriminator"] = self._discriminator_loss(target, output.sample)
-                self._stop_at_nan(terms)
                 accelerator.backward(terms["total"])
-                if accelerator.sync_gradients:
-                    self._clip()
+                if "discriminator" in terms:
+                    accelerator.backward(terms["discriminator"])
+                gradients = self._clip() if accelerator.sync_gradients else {}
+                stop_at_nan(
+                    accelerator, terms, gradients, self.step, options.output, self.unreadable,
+                    "a smaller --lr, or without that term",
+                )  # fmt: skip
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if "discriminator" in terms:
-                    accelerator.backward(terms["discriminator"])
                     self.adversary.step()
                     self.adversary.zero_grad()
             for name, term in terms.items():
@@ -431,47 +402,16 @@ class Training:
         return means
 
     def _losses(self, output: Output, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The figure's terms by name, and their weighted sum as ``total``."""
-        weights, vae = self.options.losses, self._plain().vae
-        pixel = F.mse_loss(output.sample.float(), target)
-        terms = {"mse": pixel.detach()}
-        pixel = weights.mse * pixel
-        if self.perceptual is not None:  # frozen, but not under no_grad: its gradient is the term
-            lpips = self.perceptual(output.sample.float(), target).mean()
-            terms["lpips"], pixel = lpips.detach(), pixel + weights.perceptual * lpips
-        kl = losses.kl_loss(DiagonalGaussian(output.parameters), reduction=weights.kl_reduction)
-        terms["kl"], total = kl.detach(), pixel + weights.kl * kl
-        if output.aligned is not None:
-            align = self._alignment(output.aligned, images, terms)
-            if weights.adaptive:
-                last = vae.encoder.conv_out.weight
-                gradients = [torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (pixel, align)]
-                terms["ratio"] = losses.gradient_ratio(*gradients)
-                align = terms["ratio"] * align
-            total = total + align
+        """The terms and their ``total``. The teacher sees the images once, without gradient."""
+        aim = network = None
+        if self.teacher is not None:
+            aim = targets_of(self.options.teacher_features, seen_by(self.teacher, images))
         if self._adversary_counts():
             network = self.accelerator.unwrap_model(self.discriminator).requires_grad_(False)  # leave no gradient there
-            fooled = losses.generator_hinge_loss(network(output.sample.float()))
-            weight = losses.adaptive_weight(pixel, fooled, vae.decoder.conv_out.weight)
-            terms["adversarial"], total = fooled.detach(), total + weights.adversarial * weight * fooled
-        return terms | {"latent_std": output.latents.detach().float().std(), "total": total}
-
-    def _alignment(self, aligned: AlignmentOutput, images: Tensor, terms: dict[str, Tensor]) -> Tensor:
-        """The teacher sees the images once, without gradient."""
-        weights = self.options.losses
-        with torch.no_grad(), self.accelerator.autocast():
-            seen = self.teacher(images, return_all=True)
-        patches, pooled = targets_of(self.options, seen)
-        shares = {"cosine_weight": weights.cosine, "smooth_l1_weight": weights.smooth_l1}
-        if weights.form == "margins":
-            cosine, similarity = weights.margins
-            patch = losses.margin_cosine_loss(aligned.patch_features, patches, margin=cosine)
-            patch = patch + losses.margin_similarity_loss(aligned.patch_features, patches, margin=similarity)
-        else:
-            patch = losses.alignment_loss(aligned.patch_features, patches, **shares)
-        cls = losses.alignment_loss(aligned.global_feature, pooled, **shares)
-        terms |= {"align_patch": patch.detach(), "align_cls": cls.detach()}
-        return weights.patch * patch + weights.cls * cls
+        return training_terms(
+            self.options.losses, output, target, self._plain().vae, aim=aim, perceptual=self.perceptual,
+            adversary=network,
+        )  # fmt: skip
 
     def _discriminator_loss(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         self.accelerator.unwrap_model(self.discriminator).requires_grad_(True)
@@ -481,24 +421,15 @@ class Training:
     def _adversary_counts(self) -> bool:
         return self.discriminator is not None and self.step + 1 >= self.options.losses.adversarial_start
 
-    def _clip(self) -> None:
-        """Each by itself, so that an alignment network that only reads leaves the VAE as it would be without one."""
-        self.accelerator.unscale_gradients()
-        for part in self._plain().children():
-            nn.utils.clip_grad_norm_(part.parameters(), self.options.clip)
-
-    def _stop_at_nan(self, terms: dict[str, Tensor]) -> None:
-        """Before the weights are spoilt: save what there is, name the term."""
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        spoilt = self.accelerator.reduce((~values.isfinite()).float(), "sum")
-        if spoilt.any():
-            names = [name for name, bad in zip(terms, spoilt.tolist(), strict=True) if bad]
-            if not (self.checkpoints / f"step{self.step:07d}").exists():
-                self._save_checkpoint()
-            raise SystemExit(
-                f"step {self.step}: {', '.join(names)} became NaN or infinite; the state before it is saved in "
-                f"{self.checkpoints}: go on with --resume and a smaller --lr, or without that term"
-            )
+    def _clip(self) -> dict[str, Tensor]:
+        """Each by itself, so that an alignment network that only reads leaves the VAE as it would be without one; the
+        norms before. The discriminator's is only taken."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        clip = nn.utils.clip_grad_norm_
+        norms = {name: clip(part.parameters(), self.options.clip) for name, part in self._plain().named_children()}
+        if self._adversary_counts():
+            norms["discriminator"] = clip(self.discriminator.parameters(), math.inf)
+        return norms
 
     def _save_checkpoint(self) -> None:
         write_names(self.accelerator, self.unreadable, self.options.output / "unreadable.txt")
@@ -542,21 +473,11 @@ class Training:
         return numbers
 
 
-def generator(*place: object) -> torch.Generator:
-    """The same numbers for a place every time."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(place).encode()))
-
-
-def aligns(weights: LossOptions) -> bool:
-    """Or trains a plain VAE."""
-    return bool(weights.patch or weights.cls)
-
-
 def build_vae(options: Options) -> PixelVAE:
     """What `--vae` names, or random weights of `--model`. Nothing but mean_std.json is to be applied to its latents."""
     unscaled: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
     if options.vae is not None:
-        return PixelVAE.from_pretrained(options.vae, **unscaled)
+        return PixelVAE.from_pretrained(options.vae, allow_pickle=options.allow_pickle, **unscaled)
     file = options.model
     config = PixelVAEConfig() if file is None else PixelVAEConfig.from_dict(json.loads(file.read_text("utf-8")))
     return PixelVAE(config.replace(**unscaled))
@@ -568,24 +489,50 @@ def build_teacher(options: Options, vae: PixelVAE) -> SemanticEncoder:
     Raises:
         SystemExit: no such grid fits the images, or it has no CLS token where one is to be aligned with.
     """
-    stride, folder = vae.latent_spec.stride * options.merge, Path(options.teacher)
+    stride = vae.latent_spec.stride * options.merge
     if options.data.size % stride:
         raise SystemExit(
             f"images of {options.data.size} px give {options.data.size / stride:g} teacher tokens on a side; wanted a "
             f"--data.size that is a multiple of the VAE's stride {vae.latent_spec.stride} times --merge {options.merge}"
         )
-    if not folder.is_dir():
+    config = config_of(options.teacher)
+    if config is None:
         teacher = SemanticEncoder.from_timm(options.teacher, stride=stride, final_norm="affine")
-    elif "_class" in json.loads((folder / "config.json").read_text("utf-8")):
-        teacher = SemanticEncoder.from_pretrained(folder, stride=stride)
+    elif "_class" in config:
+        teacher = SemanticEncoder.from_pretrained(options.teacher, stride=stride)
     else:
-        teacher = SemanticEncoder.from_pretrained(folder, stride=stride, final_norm="affine")
+        teacher = SemanticEncoder.from_pretrained(options.teacher, stride=stride, final_norm="affine")
     if options.teacher_features == "pre_norm" and options.losses.cls and teacher.vit.cls_token is None:
         raise SystemExit(
             f"the teacher {options.teacher} has no CLS token, and --teacher-features pre_norm aligns pooled latents "
             "with one: pass --losses.cls 0, or --teacher-features normed, which takes the mean of its patch tokens"
         )
     return teacher.eval().requires_grad_(False)
+
+
+def config_of(teacher: str) -> dict[str, Any] | None:
+    """What a folder's config.json says; None of a timm name.
+
+    Raises:
+        SystemExit: the folder has none that can be read.
+    """
+    file = Path(teacher) / "config.json"
+    if not file.parent.is_dir():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        said = f"the teacher's folder {teacher} has no config.json that can be read ({error})"
+        raise SystemExit(f"{said}; wanted a folder of psvae, timm or transformers, or a timm name") from error
+
+
+def width_of(teacher: str) -> int:
+    """D, without downloading anything."""
+    with plain_errors():
+        if config_of(teacher) is not None:
+            return SemanticEncoder.from_pretrained(teacher).feature_dim
+        with torch.device("meta"):
+            return SemanticEncoder.from_timm(teacher, pretrained=False).feature_dim
 
 
 def build_alignment(options: Options, vae: PixelVAE, teacher: SemanticEncoder) -> AlignmentNet:
@@ -596,17 +543,6 @@ def build_alignment(options: Options, vae: PixelVAE, teacher: SemanticEncoder) -
             options.align_activation, options.merge, options.align_pooling, vae.latent_spec.stride,
         )
     )  # fmt: skip
-
-
-def targets_of(options: Options, seen: EncoderTokens) -> tuple[Tensor, Tensor]:
-    """What the teacher's two outputs are: patch features ``B D h w``, and the CLS token ``B D``.
-
-    Without a CLS token it is the mean of the patch tokens: SigLIP's normed one; a pre-norm one is refused, unless its
-    weight is 0.
-    """
-    if options.teacher_features == "normed":
-        return seen.features, seen.global_token
-    return seen.pre_norm, seen.pre_norm.mean(dim=(2, 3)) if seen.pre_norm_cls is None else seen.pre_norm_cls
 
 
 @torch.no_grad()
@@ -622,10 +558,9 @@ def validate(
         with accelerator.autocast():
             output = model.vae(part)
             aligned = None if model.alignment is None else model.alignment(output.latents)
-            seen = None if teacher is None else teacher(part, return_all=True)
         row = picture_measures(output.sample, part)
-        if aligned is not None and seen is not None:
-            patches, pooled = targets_of(options, seen)
+        if aligned is not None and teacher is not None:
+            patches, pooled = targets_of(options.teacher_features, seen_by(teacher, part))
             of_patches = losses.cosine_similarity_map(aligned.patch_features, patches)
             of_cls = F.cosine_similarity(aligned.global_feature.float(), pooled.float())
             row |= {"patch_cosine": of_patches.mean(), "cls_cosine": of_cls.mean()}

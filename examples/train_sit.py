@@ -11,6 +11,7 @@ Which image comes when, its mirroring, noise and dropped labels are functions of
 `--resume` goes on after a kill as if nothing had been: to the bit on one CPU in fp32.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from checkpoints import (
     read_names,
     refuse_to_start_over,
     save_checkpoint,
+    stop_at_nan,
     write_names,
     write_options,
     write_text,
@@ -39,8 +41,8 @@ from data import Order
 from diffusers import DiTTransformer2DModel
 from labelled import Batch, Cached, LabelledOptions, collate, count_classes, open_data
 from sample_sit import generate, schedule
-from sampling import plain_errors, scale_latents
-from sit import build_sit, generator_of, load_measured_vae, save_sit, velocity
+from sampling import generator_of, load_measured_vae, plain_errors, scale_latents
+from sit import build_sit, save_sit, velocity
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -49,6 +51,7 @@ from tqdm import tqdm
 from psvae import DiagonalGaussian, flow
 
 SHOWN = 8  # classes of a sample grid
+FAR = 3.0  # times as far from their mean, or as near, as the statistics say: AlignmentNet's bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ class Training:
         self.options, self.accelerator = options, accelerator
         self.checkpoints = options.output / "checkpoints"
         self.step = 0
+        self.scale_seen = False
         self.unreadable: set[str] = set()
         parts = accelerator.num_processes * options.accumulate
         self.share, rest = divmod(options.batch_size, parts)
@@ -186,10 +190,16 @@ class Training:
             self.unreadable.update(batch.unreadable)
             draw = generator_of(options.seed, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.model):
-                loss = self._loss(batch, draw)
+                loss, latents = self._loss(batch, draw)
                 accelerator.backward(loss)
-                if options.clip is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self.model.parameters(), options.clip)
+                gradients = {}
+                if accelerator.sync_gradients:
+                    bound = math.inf if options.clip is None else options.clip  # the norm is taken either way
+                    gradients["the velocity loss"] = accelerator.clip_grad_norm_(self.model.parameters(), bound)
+                stop_at_nan(
+                    accelerator, {"the latents": latents.abs().max(), "the velocity loss": loss}, gradients, self.step,
+                    options.output, self.unreadable, "a smaller --lr or --clip 1, or mend the data",
+                )  # fmt: skip
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total += loss.detach() / options.accumulate
@@ -197,8 +207,8 @@ class Training:
             self.ema.update(self.model)
         return total
 
-    def _loss(self, batch: Batch, draw: torch.Generator) -> Tensor:
-        """‖v − (ε − x)‖² on the linear path; SiT's code predicts x − ε, which is the same."""
+    def _loss(self, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """‖v − (ε − x)‖² on the linear path, and x; SiT's code predicts x − ε, which is the same."""
         options, device = self.options, self.accelerator.device
         latents = self._latents(batch.content, draw)
         noise = torch.randn(latents.shape, generator=draw).to(device)
@@ -208,12 +218,10 @@ class Training:
             sigmas = flow.sample_sigmas(len(latents), shift=options.shift, generator=draw, device=device)
         dropped = torch.rand(len(latents), generator=draw) < options.drop_label
         labels = batch.labels.masked_fill(dropped, self.classes).to(device)
-        self._check_finite({"the latents": latents.abs().max()})
         loss = flow.flow_loss(
             velocity(self.model, flow.add_noise(latents, noise, sigmas), sigmas, labels), latents, noise
         )
-        self._check_finite({"the velocity loss": loss})
-        return loss
+        return loss, latents
 
     @torch.no_grad()
     def _latents(self, content: Tensor, draw: torch.Generator) -> Tensor:
@@ -225,21 +233,10 @@ class Training:
             with plain_errors(), self.accelerator.autocast():
                 posterior = self.vae.encode(content).latent_dist
         latents = scale_latents(self.vae, posterior.sample(draw).float())
-        if self.step == 0 and latents.isfinite().all():
+        if not self.scale_seen and self.accelerator.is_main_process:  # whenever a run begins, resumed or not
             warn_of_scale(latents, self.options.vae)
+        self.scale_seen = True
         return latents
-
-    def _check_finite(self, terms: dict[str, Tensor]) -> None:
-        """Before the weights are spoilt: save what there is, name the term."""
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        spoilt = self.accelerator.reduce((~values.isfinite()).float(), "sum")
-        if spoilt.any():
-            names = [name for name, bad in zip(terms, spoilt.tolist(), strict=True) if bad]
-            self._save_checkpoint()
-            raise SystemExit(
-                f"step {self.step}: {', '.join(names)} became NaN or infinite; the state before it is saved in "
-                f"{self.checkpoints}: go on with --resume and a smaller --lr or --clip 1, or mend the data"
-            )
 
     def _save_checkpoint(self) -> None:
         write_names(self.accelerator, self.unreadable, self.options.output / "unreadable.txt")
@@ -284,11 +281,11 @@ class Training:
 
 def warn_of_scale(latents: Tensor, vae: str) -> None:
     """Where statistics are another model's, or were applied twice."""
-    mean, std = float(latents.mean()), float(latents.std())
-    if not 0.5 < std < 2.0 or abs(mean) > 1.0:
+    found = float(latents.square().mean().sqrt())
+    if found < 1 / FAR or found > FAR:
         print(
-            f"latents of {vae} come to mean {mean:.3g} and std {std:.3g}, wanted about 0 and 1: the statistics are "
-            "another model's or data's, or were applied twice; see --statistics",
+            f"latents of {vae} lie {found:.3g} standard deviations from their mean, on average; wanted about 1: the "
+            "statistics are another model's or data's, or were applied twice; see --statistics",
             file=sys.stderr,
         )
 

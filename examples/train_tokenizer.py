@@ -14,7 +14,6 @@ import copy
 import json
 import shlex
 import sys
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +39,7 @@ from checkpoints import (
 from data import DataOptions, batches, validation_images
 from measures import fast_precision, load_lpips, measure
 from pictures import save_samples
+from sampling import generator_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -245,8 +245,7 @@ class Stage:
             batch = next(stream)
             self.unreadable.update(batch.unreadable)
             images = batch.images.to(accelerator.device, non_blocking=True)
-            position = (options.seed, self.stage, self.step, part, accelerator.process_index)
-            noise = torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
+            noise = generator_of(options.seed, self.stage, self.step, part, accelerator.process_index)
             with accelerator.accumulate(*self._networks()):
                 output = self.model(images, sample_posterior=True, generator=noise, detach_latents=self.stage == 1)
                 terms = self._losses(output, images)

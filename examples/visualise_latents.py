@@ -16,9 +16,10 @@ import matplotlib
 import torch
 import tyro
 from cache_latents import Images
-from cache_latents import Options as DataOptions
+from cache_latents import Options as ImageOptions
+from data import spread
 from pictures import principal_colours
-from sampling import load_vae, plain_errors, scale_latents
+from sampling import load_measured_vae, plain_errors, scale_latents
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -97,7 +98,7 @@ def check(options: Options) -> None:
 def read(options: Options) -> tuple[Tensor, list[int], dict[int, str]]:
     """(images ``B 3 H W`` in [-1, 1], their classes by number, the classes' names)."""
     same = ("data", "split", "image_column", "label_column", "size")
-    data = Images(DataOptions(vae="", output=Path(), **{name: getattr(options, name) for name in same}))
+    data = Images(ImageOptions(vae="", output=Path(), **{name: getattr(options, name) for name in same}))
     found = [data[place] for place in spread(len(data), options.count)]
     for _, fault, _ in found:
         if isinstance(fault, str):
@@ -113,19 +114,14 @@ def read(options: Options) -> tuple[Tensor, list[int], dict[int, str]]:
     return torch.stack([image for _, image, _ in found]), labels, names
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most ``count`` places, evenly over the length."""
-    count = min(count, length)
-    return [number * length // count for number in range(count)]
-
-
 @torch.no_grad()
 def latents_of(name: str, images: Tensor, options: Options) -> Tensor:
     """The posteriors' means ``B Z h w`` as a generator sees them, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = []
     folder = Path(name) / "vae"  # of ReaLS
-    vae = load_vae(str(folder) if folder.is_dir() else name, device, options.allow_pickle)
+    where = str(folder) if folder.is_dir() else name
+    vae = load_measured_vae(where, None, device, options.allow_pickle, required=False)
     for part in tqdm(images.split(options.batch_size), name):
         with plain_errors():
             latents = vae.encode(part.to(device)).latent_dist.mode()

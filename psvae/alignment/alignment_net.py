@@ -102,28 +102,33 @@ class AlignmentNet(nn.Module, HubMixin):
                 halves for float32 weights.
 
         Warns:
-            RangeWarning: the scale says that statistics were applied twice or not at all.
+            RangeWarning: the scale says that statistics were applied twice or not at all. Not looked at in training
+                with gradients, where reading values would hold up a GPU at every step.
         """
         config = self.config
         check_map(latents, config.latent_channels, "latents")
         check_dtype(latents, self.cls.layers[0], "latents")
         height, width = latents.shape[-2:]
-        if height % config.merge or width % config.merge:
+        merge = config.merge
+        if height % merge or width % merge:
+            near = " x ".join(str(max(merge, round(side / merge) * merge)) for side in (height, width))
             raise ShapeError(
-                f"latents have the grid {height} x {width}; wanted multiples of merge={config.merge}, so that each "
-                "teacher token has its cells: use another image size, or an AlignmentNet with merge=1"
+                f"latents have the grid {height} x {width}; wanted multiples of merge={merge}, nearest {near}, so that "
+                "each teacher token has its cells: use another image size, or an AlignmentNet with merge=1"
             )
         self._warn_of_scale(latents, normalized)
         if normalized:
             latents = self.latent_spec.denormalize(latents)
-        cells = rearrange(latents, "B Z (h a) (w b) -> B h w (Z a b)", a=config.merge, b=config.merge)
+        cells = rearrange(latents, "B Z (h a) (w b) -> B h w (Z a b)", a=merge, b=merge)
         pooled = latents.mean(dim=(2, 3)) if config.pooling == "mean" else latents.amax(dim=(2, 3))
         return AlignmentOutput(rearrange(self.patch(cells), "B h w D -> B D h w"), self.cls(pooled))
 
     def _warn_of_scale(self, latents: Latents, normalized: bool) -> None:
         """Once there are statistics: normalised, latents lie about 1 from 0, on average."""
         spec = self.latent_spec
-        if not readable(latents) or ((spec.mean == 0) & (spec.std == 1)).all():
+        if (self.training and torch.is_grad_enabled()) or not readable(latents):
+            return
+        if ((spec.mean == 0) & (spec.std == 1)).all():
             return
         seen = latents.detach().float()
         found = (seen if normalized else spec.normalize(seen)).square().mean().sqrt().item()
@@ -148,7 +153,10 @@ class AlignmentNet(nn.Module, HubMixin):
 
 
 class AlignmentMlp(nn.Module):
-    """Linear layers on the last axis with an activation between: ``… in`` → ``… D``."""
+    """Linear layers on the last axis with an activation between: ``… in`` → ``… D``.
+
+    `psvae.nn.transformer.Mlp` is another: two layers, under timm's names.
+    """
 
     def __init__(self, width: int, config: AlignmentNetConfig) -> None:
         super().__init__()

@@ -4,11 +4,13 @@
 - ``alignment/``: ``config.json``, ``model.safetensors``
 
 One mean and one std are all that is applied to these latents: scaling is 1 and shift 0, whatever the VAE came with.
+``mean_std.json`` is what counts. Both parts hold the two numbers as well, which tells parts of two saves.
 """
 
+import copy
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,7 @@ from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.exporting import export
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
 from psvae.hub.source import CONFIG, Source
-from psvae.hub.statistics import MEAN_STD, load_latent_statistics, write_mean_std
+from psvae.hub.statistics import MEAN_STD, load_latent_statistics, pooled_statistics, write_mean_std
 
 __all__ = ["ReaLS", "load_reals", "save_reals"]
 
@@ -38,65 +40,90 @@ class ReaLS(NamedTuple):
 
 
 def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: AlignmentNet | None) -> None:
-    """Write both, and ``mean_std.json`` from ``vae.latent_spec``; ``alignment.latent_spec`` is given the same numbers.
+    """Write both with one mean and one std, those of ``vae.latent_spec`` over all channels and cells.
+
+    Both modules are left as they are: ``vae.latent_spec`` keeps its numbers per channel, ``alignment.latent_spec``
+    whatever it has. `load_reals` gives the pair with the two numbers that were written. Each part is replaced as a
+    whole; after a crash between the two, `load_reals` refuses the folder.
 
     Args:
         alignment: None for a plain VAE: ``vae/`` alone is written.
 
     Raises:
-        ConfigError: the two have another latent, or the statistics were not measured. CheckpointError: the folder
-            cannot be written.
+        ConfigError: the two have another latent, or the statistics were not measured.
+        CheckpointError: the folder cannot be written, diffusers' layout cannot hold the VAE, or there is an older
+            ``alignment/`` that a plain VAE would be paired with.
     """
+    root = Path(folder)
     if alignment is not None:
         _same_latent(vae, alignment)
-    root = Path(folder)
-    (root / "vae").mkdir(parents=True, exist_ok=True)
-    mean, std = write_mean_std(vae.latent_spec, root / "vae" / MEAN_STD)
+    elif (root / "alignment" / CONFIG).exists():
+        raise CheckpointError(
+            f"{root} holds alignment/, of another VAE, and none came to replace it; wanted a folder without one: "
+            "choose another, or delete alignment/ if it is no longer needed"
+        )
+    mean, std = pooled_statistics(vae.latent_spec)
     each = {"latents_mean": (mean,) * vae.latent_spec.channels, "latents_std": (std,) * vae.latent_spec.channels}
     config = vae.config.replace(**_UNSCALED, **each)
     export(vae, AUTOENCODER_KL, root / "vae", config=config, stem="diffusion_pytorch_model", max_shard_size="10GB")
+    write_mean_std(vae.latent_spec, root / "vae" / MEAN_STD)
     if alignment is not None:
-        load_latent_statistics(alignment.latent_spec, root / "vae" / MEAN_STD)
-        alignment.save_pretrained(root / "alignment")
+        written = copy.deepcopy(alignment)
+        written.latent_spec.float()  # bf16 would round the two numbers, and the parts would no longer agree
+        load_latent_statistics(written.latent_spec, root / "vae" / MEAN_STD)
+        written.save_pretrained(root / "alignment")
 
 
 def load_reals(
     repo_or_folder: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    subfolder: str = "",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    **hub_options: Any,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ReaLS:
-    """Load what `save_reals` wrote, from a folder or the Hub.
+    """Load what `save_reals` wrote, from a folder or the Hub, both parts from one commit.
 
     The authors' own release has no alignment network: ``PixelVAE.from_pretrained(folder, scaling_factor=1.0)`` reads
     it, and ``load_latent_statistics(vae.latent_spec, folder / "mean_std.json")`` its statistics.
 
     Args:
-        **hub_options: ``local_files_only``, ``token`` and ``cache_dir``, as of `HubMixin.from_pretrained`.
+        subfolder: of the folder or repository, in which vae/ and alignment/ are.
+        revision, dtype, device, local_files_only, token, cache_dir: as in `HubMixin.from_pretrained`.
 
     Raises:
-        CheckpointError: a part is missing or is not what it should be. ConfigError: the two have another latent.
+        CheckpointError: a part is missing, is not what it should be, or is of another save.
+        ConfigError: the two have another latent.
     """
-    where = {"local_files_only": False, "token": None, "cache_dir": None, **hub_options}
-    parts = {name: Source(repo_or_folder, name, revision=revision, **where) for name in ("vae", "alignment")}
-    for part in parts.values():
-        if part.find(CONFIG) is None:
+    where = {"local_files_only": local_files_only, "token": token, "cache_dir": cache_dir}
+    places = [f"{subfolder}/{name}".lstrip("/") for name in ("vae", "alignment")]
+    for place in places:
+        source = Source(repo_or_folder, place, revision=revision, **where)
+        if source.find(CONFIG) is None:
             raise CheckpointError(
-                f"{part} has no {CONFIG}; wanted vae/ and alignment/, as save_reals writes them. A VAE alone is read "
+                f"{source} has no {CONFIG}; wanted vae/ and alignment/, as save_reals writes them. A VAE alone is read "
                 "by PixelVAE.from_pretrained"
             )
-    statistics = parts["vae"].find(MEAN_STD)
+        revision = source.hub_options["revision"]  # the commit, even if the branch moves meanwhile
+    source = Source(repo_or_folder, places[0], revision=revision, **where)
+    statistics = source.find(MEAN_STD)
     if statistics is None:
         raise CheckpointError(
-            f"{parts['vae']} has no {MEAN_STD}, without which a generator's latents cannot be read; measure it with "
+            f"{source} has no {MEAN_STD}, without which a generator's latents cannot be read; measure it with "
             "psvae.fit_latent_statistics(vae, batches) and save both again with save_reals"
         )
     load = {"revision": revision, "dtype": dtype, "device": device, **where}
-    vae = PixelVAE.from_pretrained(repo_or_folder, subfolder="vae", **load, **_UNSCALED)
-    alignment = AlignmentNet.from_pretrained(repo_or_folder, subfolder="alignment", **load)
+    vae = PixelVAE.from_pretrained(repo_or_folder, subfolder=places[0], **load, **_UNSCALED)
+    alignment = AlignmentNet.from_pretrained(repo_or_folder, subfolder=places[1], **load)
     _same_latent(vae, alignment)
+    if not all(a.equal(b) for a, b in zip(vae.latent_spec.buffers(), alignment.latent_spec.buffers(), strict=True)):
+        raise CheckpointError(
+            f"vae/ and alignment/ of {str(Path(repo_or_folder, subfolder))!r} have different statistics; wanted the "
+            "same: they were not saved together, so they may be of two models. Save both again with save_reals"
+        )
     for module in (vae, alignment):
         load_latent_statistics(module.latent_spec, statistics)
     return ReaLS(vae, alignment)

@@ -16,7 +16,7 @@ from psvae.hub.reading import read_pickle
 from psvae.hub.writing import write_json
 from psvae.latents import LatentSpec
 
-__all__ = ["MEAN_STD", "RAE_EPS", "load_latent_statistics", "read_statistics", "write_mean_std"]
+__all__ = ["MEAN_STD", "RAE_EPS", "load_latent_statistics", "pooled_statistics", "read_statistics", "write_mean_std"]
 
 MEAN_STD = "mean_std.json"  # ReaLS: one number each, for all channels
 RAE_EPS = 1e-5  # RAE: (z − mean) / √(var + ε)
@@ -103,6 +103,23 @@ def read_statistics(
     return layout, mean, std
 
 
+def pooled_statistics(spec: LatentSpec) -> tuple[float, float]:
+    """ReaLS' (mean, std): of all channels and cells taken together.
+
+    Raises:
+        ConfigError: the statistics are still 0 and 1: nothing was measured.
+    """
+    mean, std = spec.mean.double(), spec.std.double()
+    if ((mean == 0) & (std == 1)).all():
+        raise ConfigError(
+            f"the latents' statistics are not measured, so {MEAN_STD} would say nothing; wanted them for the "
+            "generator: psvae.fit_latent_statistics(vae, batches) first"
+        )
+    total = mean.mean()
+    spread = (std.square() + (mean - total).square()).mean().sqrt()
+    return total.item(), spread.item()
+
+
 def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> tuple[float, float]:
     """Write ReaLS' ``mean_std.json``: one mean and one std, those of all channels and cells taken together.
 
@@ -112,16 +129,9 @@ def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> tuple[floa
     Raises:
         ConfigError: the statistics are still 0 and 1: nothing was measured. CheckpointError: it cannot be written.
     """
-    mean, std = spec.mean.double(), spec.std.double()
-    if ((mean == 0) & (std == 1)).all():
-        raise ConfigError(
-            f"the latents' statistics are not measured, so {Path(file).name} would say nothing; wanted them for the "
-            "generator: psvae.fit_latent_statistics(vae, batches) first"
-        )
-    total = mean.mean()
-    spread = (std.square() + (mean - total).square()).mean().sqrt()
-    write_json(Path(file), {"mean": total.item(), "std": spread.item()})
-    return total.item(), spread.item()
+    mean, std = pooled_statistics(spec)
+    write_json(Path(file), {"mean": mean, "std": std})
+    return mean, std
 
 
 def _mean_std(path: Path) -> tuple[Tensor, Tensor]:

@@ -69,13 +69,16 @@ def adaptive_weight(
 
     Args:
         last_layer: the weight that both losses reach last, ``decoder.conv_out.weight``. Both graphs are kept.
+        maximum, eps: as in `gradient_ratio`; LDM's.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
     return gradient_ratio(of_reconstruction, of_generator, maximum=maximum, eps=eps)
 
 
-def gradient_ratio(of_reconstruction: Tensor, of_other: Tensor, *, maximum: float = 1e8, eps: float = 1e-4) -> Tensor:
+def gradient_ratio(
+    of_reconstruction: Float[Tensor, "..."], of_other: Float[Tensor, "..."], *, maximum: float = 1e8, eps: float = 1e-4
+) -> Float[Tensor, ""]:
     """‖∇ reconstruction‖ / (‖∇ other‖ + eps), clamped and detached: the weight that makes both pull alike.
 
     VQGAN balances its adversary so (Esser et al. 2021, eq. 7), VA-VAE its alignment.
@@ -83,6 +86,9 @@ def gradient_ratio(of_reconstruction: Tensor, of_other: Tensor, *, maximum: floa
     Args:
         of_reconstruction, of_other: gradients of the two losses at one weight: the last layer of the decoder for an
             adversary, of the encoder for an alignment.
+        maximum: the ratio is clamped to [0, maximum]. VA-VAE's 1e8 hardly ever binds; LDM clamps its adversary's
+            to 1e4.
+        eps: added to the norm below the line, so that a loss without gradient divides by no 0.
     """
     ratio = of_reconstruction.float().norm() / (of_other.float().norm() + eps)
     return ratio.clamp(0.0, maximum).detach()

@@ -1,7 +1,10 @@
 """AlignmentNet: latent → the teacher's features."""
 
+import warnings
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psvae import AlignmentNet, AlignmentNetConfig
 from psvae.errors import ConfigError, DtypeError, RangeWarning, ShapeError
@@ -96,10 +99,35 @@ def test_statistics_applied_twice_are_told_by_scale():
                 net(wrong, normalized=normalized)
 
 
+class CountReads(TorchDispatchMode):
+    """How often a value went from the device to Python, which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("training", "gradients", "warns"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_a_training_step_reads_no_values(training, gradients, warns):
+    net, x = tiny_net().train(training), latents(2, 4, 4)
+    net.latent_spec.std.fill_(5.0)
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(gradients), CountReads() as reads:
+        warnings.simplefilter("always")
+        net(x)
+    assert [warning.category for warning in caught] == [RangeWarning] * warns
+    assert bool(reads.count) == warns
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        (torch.zeros(1, 8, 3, 4), ShapeError, r"grid 3 x 4; wanted multiples of merge=2"),
+        (torch.zeros(1, 8, 3, 4), ShapeError, r"grid 3 x 4; wanted multiples of merge=2, nearest 4 x 4"),
+        (torch.zeros(1, 8, 8, 1), ShapeError, r"nearest 8 x 2"),
         (torch.zeros(1, 4, 4, 4), ShapeError, r"latents have 4 channels.*wanted 8"),
         (torch.zeros(8, 4, 4), ShapeError, r"wanted 4 axes.*unsqueeze"),
         (torch.zeros(1, 8, 4, 4, dtype=torch.long), DtypeError, r"wanted floating point"),

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from psvae import AlignmentNet, AlignmentNetConfig, fit_latent_statistics, load_reals, save_reals
+from psvae import AlignmentNet, AlignmentNetConfig, SemanticEncoder, fit_latent_statistics, load_reals, save_reals
 from psvae.errors import CheckpointError, RangeWarning
 from psvae.losses import alignment_loss
 from tests.examples.generator_world import fresh_accelerator
@@ -232,6 +232,10 @@ def both(world):
     return {"segmentation": world / "seg.safetensors", "depth": world / "nyu.safetensors"}
 
 
+def load_teacher(world):
+    return SemanticEncoder.from_pretrained(world / "teacher").requires_grad_(False)
+
+
 def read_maps(folder):
     masks = [np.asarray(Image.open(file)) for file in sorted(folder.glob("masks/**/*.png"))]
     return np.stack(masks), np.stack([np.load(file) for file in sorted(folder.glob("depth/**/*.npy"))])
@@ -315,14 +319,35 @@ def test_a_head_of_the_teacher_is_applied_unchanged(downstream, heads, world, tm
     assert scores["miou_latents"] > 0.7
     head = heads.read_head(tmp_path / "head.safetensors", D)
     vae, alignment = load_reals(world / "reals")
-    held_out = [draw(number) for number in (3, 7, 11)]
+    places = downstream.split(COUNT, downstream.Options("", held_out=4))[1]
+    held_out = [draw(number) for number in places]
     pixels = torch.stack([torch.from_numpy(picture).movedim(-1, 0) for picture, _ in held_out]) / 127.5 - 1
     said = head(alignment(vae.encode(pixels).latent_dist.mode()).patch_features, (SIZE, SIZE)).argmax(1).numpy()
     truth = np.stack([mask for _, mask in held_out])
     shares = [((said == k) & (truth == k)).sum() / ((said == k) | (truth == k)).sum() for k in (0, 1)]
     assert scores["miou_latents"] == pytest.approx(np.mean(shares), abs=1e-3)
-    shown = np.stack([np.asarray(Image.open(tmp_path / "masks" / f"{number:02d}.png")) for number in (3, 7, 11)])
+    shown = np.stack([np.asarray(Image.open(tmp_path / "masks" / f"{number:02d}.png")) for number in places])
     assert (shown == said).mean() > 0.99
+
+
+def test_what_is_held_out_is_of_all_classes(downstream, world, tmp_path):
+    """Where they come in turn, one in so many would be of one class alone, and no head would have seen it."""
+    for number in range(40):
+        for part, value in (("images", 60 * (number % 4)), ("masks", number % 4)):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.fromarray(np.full((SIZE, SIZE), value, dtype=np.uint8)).save(tmp_path / part / f"{number:02d}.png")
+    labelled, teacher = downstream.Labelled(tmp_path, SIZE), load_teacher(world)
+
+    def held_out(seed):
+        options = downstream.Options("", held_out=4, steps=1, workers=0, seed=seed)
+        _, found, scores = downstream.fit(labelled, teacher, teacher, options)
+        assert (scores["fitted"], scores["held_out"]) == (30, 10)
+        return [int(path.stem) for path in found]
+
+    chosen = held_out(0)
+    assert {number % 4 for number in chosen} == {0, 1, 2, 3}
+    assert held_out(0) == chosen
+    assert held_out(1) != chosen
 
 
 def test_pre_norm_features_are_normed_by_the_teacher(downstream, world, tmp_path, capsys):
@@ -396,9 +421,12 @@ def test_masks_are_cut_as_their_pictures_are(downstream, tmp_path):
         ({"fit-head": "labelled/images"}, r"has 0 pictures in images/ and 0 in masks/; wanted both"),
         ({"fit-head": "no_masks"}, r"1 pictures in images/ and 0 in masks/; without a partner: 00"),
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),
-        ({"fit-head": "labelled", "held-out": 99}, "too few to hold out every 99th"),
+        ({"fit-head": "labelled", "held-out": 99}, "too few to hold out one in 99"),
         ({"fit-head": "labelled", "teacher": "wide"}, "width 24 and the alignment network of 48"),
-        ({"segmentation": "seg.safetensors", "input": "labelled/images", "size": 20}, "20 x 20; wanted multiples of the stride 8"),
+        (
+            {"segmentation": "seg.safetensors", "input": "labelled/images", "size": 20},
+            "20 x 20; wanted multiples of the",
+        ),
         (
             {"segmentation": "seg.safetensors", "input": "raw.safetensors", "reals": "bare"},
             "has no mean_std.json, .*fit",

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from psvae import PixelVAE, SemanticEncoder, SemanticEncoderConfig, load_reals, losses
 from psvae.errors import CheckpointError
 from tests.base import assert_close, assert_equal
-from tests.examples.generator_world import SIZE, command, environment, fresh_accelerator, png, run, script
+from tests.examples.generator_world import SIZE, command, environment, fresh_accelerator, make_table, png, run, script
 from tests.processes import in_processes
 from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_pixel_vae_config
 
@@ -39,6 +40,8 @@ def world(tmp_path_factory):
         (root / "labelled" / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
         (root / "labelled" / f"class{number % 2}" / f"{number}.png").write_bytes(png(number))
     fill_weights(tiny_encoder()).save_pretrained(root / "teacher")
+    narrow = {**tiny_encoder().config.model_args, "embed_dim": 4, "num_heads": 1}  # fewer features than pictures
+    fill_weights(tiny_encoder(model_args=narrow)).save_pretrained(root / "narrow")
     return root
 
 
@@ -184,6 +187,20 @@ def test_another_vae_to_start_from(world, unbroken, tmp_path):
     train(world, tmp_path / "again", vae=str(unbroken[0] / "vae"), model=None, steps=1)
 
 
+def test_a_pickled_vae_by_permission(world, tmp_path):
+    """As VA-VAE and REPA-E publish theirs."""
+    vae = fill_weights(tiny_pixel_vae())
+    vae.export_diffusers(tmp_path / "sd")
+    file = tmp_path / "sd" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    chosen = {"vae": str(tmp_path / "sd"), "model": None, "adversarial": 0.0}
+    with pytest.raises(SystemExit, match="allow_pickle"):
+        trainer(world, tmp_path / "out", **chosen)
+    made = trainer(world, tmp_path / "out", **chosen, allow_pickle=True)
+    assert_equal([made.model.vae.encoder.conv_in.weight.detach()], [vae.encoder.conv_in.weight.detach()])
+
+
 @pytest.mark.parametrize("how", [{"mixed_precision": "bf16"}, {"ema": 0.0, "accumulate": 2, "merge": 2}])
 def test_other_ways_to_train(world, tmp_path, how):
     train(world, tmp_path, steps=3, checkpoint_every=9, **how)
@@ -234,15 +251,15 @@ def test_two_processes_from_the_command_line(world):
     text = run(
         command(
             "train_reals", "--data.path", world / "labelled", "--data.size", SIZE, "--data.workers", 0, "--model",
-            world / "vae.json", "--teacher", world / "teacher", "--output", world / "two", "--steps", 1, "--kl", 1e-6,
-            1e-2, "--mixed-precision", "no", "--tracker", "none", "--validation-count", 4, "--statistics-batches", 1,
+            world / "vae.json", "--teacher", world / "narrow", "--output", world / "two", "--steps", 1, "--kl", 1e-6,
+            1e-2, "--mixed-precision", "no", "--tracker", "none", "--validation-count", 6, "--statistics-batches", 1,
             "--batch-size", 2, "--losses.perceptual", 0, "--sit-steps", 1, processes=2,
         )
     )  # fmt: skip
     assert "2 process(es), MULTI_CPU" in text
     for name in ("kl1e-06", "kl0.01"):
         assert load_reals(world / "two" / name).vae.latent_spec.channels == 8
-        assert (world / "two" / name / "sit1" / "frechet.json").exists()
+        assert (world / "two" / name / "sit1-32px-seed0" / "frechet.json").exists()
     assert (world / "two" / "kl_sweep.png").stat().st_size > 1000
 
 
@@ -285,20 +302,20 @@ def watch(optimizer, module):
 
 
 def test_the_generator_s_loss_leaves_nothing_in_the_discriminator(world, tmp_path):
-    """It steps by the gradient of its own loss and no other, and has none while the generator steps."""
+    """It has the gradient of its own loss and no other, whoever steps."""
     made = trainer(world, tmp_path, adversarial_start=1)
     network = made.discriminator
     at_generator, at_own = watch(made.optimizer, network), watch(made.adversary, network)
     twin, model = copy.deepcopy(network), copy.deepcopy(made.model)
     steps(made)
-    assert all(gradient is None for gradient in at_generator[0].values())
     pictures = next(stream(made)).images
-    noise = [train_reals.generator(made.options.seed, place) for place in range(2)]
+    noise = [train_reals.generator_of(made.options.seed, place) for place in range(2)]
     with torch.no_grad():
         painted = model(pictures, noise).sample
     losses.discriminator_hinge_loss(twin(pictures), twin(painted)).backward()
     for name, parameter in twin.named_parameters():
-        torch.testing.assert_close(at_own[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+        for seen in (at_own, at_generator):
+            torch.testing.assert_close(seen[0][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -328,6 +345,30 @@ def test_the_teacher_sees_each_image_once_without_gradient(world, tmp_path):
     assert all(parameter.grad is None for parameter in made.teacher.parameters())
 
 
+def test_the_teacher_is_in_bf16_whatever_the_vae_is_in(world, tmp_path):
+    made = trainer(world, tmp_path, mixed_precision="no", adversarial=0.0)
+    seen = {}
+    for name, layer in (("teacher", made.teacher.vit.blocks[0].attn.qkv), ("vae", made.model.vae.encoder.conv_in)):
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.setdefault(name, []).append(output.dtype))
+    steps(made)
+    train_reals.validate(made.model, made.teacher, made.held_out, made.options, made.accelerator)
+    assert seen["teacher"] == [torch.bfloat16] * 3
+    assert seen["vae"] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("reads", ["sample", "mean"])
+def test_the_alignment_reads_what_is_asked_for(world, tmp_path, reads):
+    made = trainer(world, tmp_path, align_reads=reads, adversarial=0.0)
+    model = copy.deepcopy(made.model)
+    seen = []
+    model.alignment.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        output = model(images(), [train_reals.generator_of(0, place) for place in range(2)])
+        mean = model.vae.encode(images()).latent_dist.mean
+    assert_close(seen, [mean if reads == "mean" else output.latents])
+    assert not torch.allclose(output.latents, mean)
+
+
 @pytest.mark.parametrize("kind", ["normed", "pre_norm"])
 def test_cells_are_aligned_with_the_features_that_are_asked_for(world, tmp_path, kind):
     made = trainer(world, tmp_path, teacher_features=kind, adversarial=0.0)
@@ -335,8 +376,8 @@ def test_cells_are_aligned_with_the_features_that_are_asked_for(world, tmp_path,
     terms = steps(made)
     pictures = next(stream(made)).images
     with torch.no_grad():
-        aligned = model(pictures, [train_reals.generator(0, place) for place in range(2)]).aligned
-        seen = SemanticEncoder.from_pretrained(world / "teacher")(pictures, return_all=True)
+        aligned = model(pictures, [train_reals.generator_of(0, place) for place in range(2)]).aligned
+        seen = train_reals.seen_by(SemanticEncoder.from_pretrained(world / "teacher"), pictures)
         found = train_reals.validate(model, made.teacher, pictures, made.options, made.accelerator)
         mean = model.alignment(model.vae(pictures).latents)
     patches, cls = (seen.features, seen.global_token) if kind == "normed" else (seen.pre_norm, seen.pre_norm_cls)
@@ -371,6 +412,14 @@ def test_a_folder_of_another_library_keeps_its_final_norm(world, tmp_path):
     teacher = train_reals.build_teacher(chosen, tiny_pixel_vae())
     assert teacher.config.final_norm == "affine"
     assert_equal([teacher.vit.norm.weight], [encoder.vit.norm.weight])
+
+
+def test_a_folder_says_how_the_teacher_s_picture_is_normalised(world, tmp_path):
+    """As VA-VAE's, which stays in [-1, 1]."""
+    half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    fill_weights(tiny_encoder(**half)).save_pretrained(tmp_path / "half")
+    teacher = train_reals.build_teacher(options(world, tmp_path, teacher=str(tmp_path / "half")), tiny_pixel_vae())
+    assert_close([teacher._preprocess(images(), (32, 32))], [images()])
 
 
 @pytest.mark.parametrize("merge", [1, 2])
@@ -411,21 +460,48 @@ def test_the_total_is_the_weighted_sum(world, tmp_path):
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_encoder_s_last_layer(world, tmp_path):
-    chosen = {"adaptive": True, "patch": 0.1, "cls": 0.0, "kl_weight": 0.0, "adversarial": 0.0}
-    made = trainer(world, tmp_path, **chosen)
+    """Of the term before its weight, or the weight would cancel. VA-VAE: w · L, w = weight · ‖∇ pixel‖ / ‖∇ L‖."""
+    totals = {}
+    for patch in (0.1, 0.2):
+        weights = {"patch": patch, "cls": 0.3, "kl_weight": 0.0, "adversarial": 0.0}
+        made = trainer(world, tmp_path, adaptive=True, **weights)
+        model = copy.deepcopy(made.model)
+        terms = steps(made)
+        pictures = next(stream(made)).images
+        output = model(pictures, [train_reals.generator_of(0, place) for place in range(2)])
+        aim = train_reals.targets_of("normed", train_reals.seen_by(made.teacher, pictures))
+        last, wanted = model.vae.encoder.conv_out.weight, terms["mse"]
+        pull = torch.autograd.grad(F.mse_loss(output.sample, pictures), last, retain_graph=True)[0].norm()
+        for name, found, feature in zip(("patch", "cls"), output.aligned, aim, strict=True):
+            loss = losses.alignment_loss(found, feature)
+            ratio = (pull / (torch.autograd.grad(loss, last, retain_graph=True)[0].norm() + 1e-4)).item()
+            assert terms[f"ratio_{name}"].item() == pytest.approx(ratio, rel=1e-3)
+            wanted = wanted + weights[name] * ratio * loss.detach()
+        totals[patch] = terms["total"].item() - terms["mse"].item()
+        assert terms["total"].item() == pytest.approx(wanted.item(), rel=1e-4)
+    of_cls = 0.3 * (terms["ratio_cls"] * terms["align_cls"]).item()
+    assert totals[0.2] - of_cls == pytest.approx(2 * (totals[0.1] - of_cls), rel=1e-3)
+
+
+def test_a_term_of_weight_0_takes_no_part_in_the_adaptive_weight(world, tmp_path):
+    terms = steps(trainer(world, tmp_path, adaptive=True, patch=0.1, cls=0.0, kl_weight=0.0, adversarial=0.0))
+    assert "ratio_cls" not in terms
+    wanted = terms["mse"] + 0.1 * terms["ratio_patch"] * terms["align_patch"]
+    assert terms["total"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_cls_term_may_be_cosine_alone(world, tmp_path):
+    made = trainer(world, tmp_path, cls_form="cosine", adversarial=0.0)
     model = copy.deepcopy(made.model)
     terms = steps(made)
     pictures = next(stream(made)).images
-    output = model(pictures, [train_reals.generator(0, place) for place in range(2)])
-    align = 0.1 * losses.alignment_loss(output.aligned.patch_features, made.teacher(pictures))
-    last = model.vae.encoder.conv_out.weight
-    norms = [
-        torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
-        for loss in (F.mse_loss(output.sample, pictures), align)
-    ]
-    assert terms["ratio"].item() == pytest.approx((norms[0] / (norms[1] + 1e-4)).item(), rel=1e-3)
-    wanted = terms["mse"] + terms["ratio"] * align
-    assert terms["total"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    with torch.no_grad():
+        found = model(pictures, [train_reals.generator_of(0, place) for place in range(2)]).aligned
+    seen = train_reals.seen_by(made.teacher, pictures)
+    cosine = F.cosine_similarity(found.global_feature.float(), seen.global_token.float())
+    assert terms["align_cls"].item() == pytest.approx(1 - cosine.mean().item(), rel=1e-5)
+    both = losses.alignment_loss(found.patch_features, seen.features)
+    assert terms["align_patch"].item() == pytest.approx(both.item(), rel=1e-5)
 
 
 def test_margins(world, tmp_path):
@@ -434,8 +510,8 @@ def test_margins(world, tmp_path):
     terms = steps(made)
     pictures = next(stream(made)).images
     with torch.no_grad():
-        ours = model(pictures, [train_reals.generator(0, place) for place in range(2)]).aligned.patch_features
-        theirs = made.teacher(pictures)
+        ours = model(pictures, [train_reals.generator_of(0, place) for place in range(2)]).aligned.patch_features
+        theirs = train_reals.seen_by(made.teacher, pictures).features
     wanted = losses.margin_cosine_loss(ours, theirs, margin=0.1)
     wanted = wanted + losses.margin_similarity_loss(ours, theirs, margin=0.05)
     assert terms["align_patch"].item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -482,6 +558,45 @@ def test_nan_stops_with_the_term_s_name_and_the_state_before_it(world, tmp_path,
     )
 
 
+def spoil(parameter):
+    """Its gradient is NaN from now on, though the loss is finite; returns what ends that."""
+    return parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize("part", ["vae", "alignment", "discriminator"])
+def test_a_nan_gradient_of_a_finite_loss_spoils_nothing(world, tmp_path, part):
+    """Older checkpoints stay too, and --resume goes on as if nothing had been."""
+    wanted = trainer(world, tmp_path / "unbroken", adversarial_start=1)
+    steps(wanted, 4)
+    made = trainer(world, tmp_path, adversarial_start=1, keep_checkpoints=1)
+    steps(made, 1)
+    made._save_checkpoint()
+    pictures = stream(made, 1)
+    made.train_step(pictures)
+    made.step += 1
+    networks = {"vae": made.model.vae, "alignment": made.model.alignment, "discriminator": made.discriminator}
+    broken = spoil(next(networks[part].parameters()))
+    before = {name: state(network) for name, network in networks.items()}
+    with pytest.raises(SystemExit, match=rf"step 2: gradient of {part} became NaN .*--resume and a smaller --lr"):
+        made.train_step(pictures)
+    for name, network in networks.items():  # but for the discriminator's running means, by which nothing is trained
+        assert not moved(network, before[name]) & dict(network.named_parameters()).keys()
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step0000001", "step0000002"]
+    for _ in range(2):  # a second NaN of the same step
+        with pytest.raises(SystemExit, match=r"step 2: gradient of"):
+            made.train_step(stream(made, 2))
+    broken.remove()
+    again = trainer(world, tmp_path, adversarial_start=1, resume=True)
+    again.step = script("checkpoints").first_step(again.accelerator, again.checkpoints, STEPS)
+    assert again.step == 2
+    pictures = stream(again, 2)
+    for _ in range(2):
+        again.train_step(pictures)
+        again.step += 1
+    assert_equal(state(again.model).values(), state(wanted.model).values())
+
+
 def test_nan_of_the_discriminator_stops_too(world, tmp_path):
     made = trainer(world, tmp_path, adversarial_start=2)
     steps(made)
@@ -496,11 +611,28 @@ def test_nan_of_the_discriminator_stops_too(world, tmp_path):
         ({"adaptive": True, "detach": True}, "--losses.adaptive weighs gradients"),
         ({"adaptive": True, "patch": 0.0, "cls": 0.0}, "--losses.adaptive weighs gradients"),
         ({"equivariance": 0.5}, r"shrinks images of 32 px to 8 px, and the discriminator needs 24"),
+        ({"statistics_batches": 0}, r"--statistics-batches is 0; wanted at least 1"),
+        ({"batch_size": 0}, r"--batch-size is 0; wanted at least 1"),
+        ({"log_every": 0}, r"--log-every is 0; wanted at least 1"),
+        ({"keep_checkpoints": 0}, r"--keep-checkpoints is 0; wanted at least 1"),
+        ({"sit_steps": -1}, r"--sit-steps is -1; wanted at least 0"),
+        ({"size": 0}, r"--data.size is 0; wanted at least 1"),
+        ({"kl": (1e-6, 1e-4, 1e-6)}, r"--kl has 1e-06 more than once; wanted each weight once"),
+        ({"model": Path("none.json")}, r"--model none.json is no file; wanted JSON of a PixelVAEConfig"),
+        ({"teacher": "bare"}, r"bare has no config.json that can be read .*; wanted a folder of psvae, timm"),
+        ({"teacher": "bare", "kl": (1e-6, 1.0), "patch": 0.0, "cls": 0.0}, r"bare has no config.json"),
+        ({"vae": "nowhere", "model": None}, r"nowhere"),
+        ({"teacher": "vit_base_patch14_dinov2.none"}, r"timm publishes no weights named 'vit_base_patch14_dinov2.none"),
     ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
-def test_options_that_do_not_go_together(world, tmp_path, changes, said):
+def test_options_that_do_not_go_together(world, tmp_path, monkeypatch, changes, said):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "bare").mkdir()
+    changes = {name: str(tmp_path / "bare") if value == "bare" else value for name, value in changes.items()}
     with pytest.raises(SystemExit, match=said):
-        train(world, tmp_path, **changes)
+        train(world, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_discriminator_takes_as_small_a_picture_as_is_said():
@@ -553,14 +685,14 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
     """In the frozen teacher's features; what is finished is not made again."""
     quick = partial(
         train, world, tmp_path, path=str(world / "labelled"), kl=(1e-6, 1.0), sit_steps=3, steps=4, adversarial=0.0,
-        lr=1e-2, validation_count=6,
+        lr=1e-2, validation_count=6, teacher=str(world / "narrow"),
     )  # fmt: skip
     found = quick()
     assert list(found) == ["kl1e-06", "kl1"]
-    teacher = SemanticEncoder.from_pretrained(world / "teacher")
+    teacher = SemanticEncoder.from_pretrained(world / "narrow")
     real = data.validation_images(data.DataOptions(str(world / "labelled"), size=SIZE), 6)
     for name, numbers in found.items():
-        made = tmp_path / name / "sit3"
+        made = tmp_path / name / "sit3-32px-seed0"
         with np.load(made / "samples.npz") as content:
             pictures = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1
         assert len(pictures) == 6
@@ -568,7 +700,10 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
             features = [teacher(part).mean((2, 3)) for part in (real, pictures)]
         assert numbers["frechet"] == pytest.approx(script("frechet").frechet_distance(*features), rel=1e-3)
         kept = json.loads((made / "frechet.json").read_text())
-        assert kept == {"frechet": numbers["frechet"], "features": str(world / "teacher"), "pictures": 6}
+        assert kept == {
+            "frechet": numbers["frechet"], "features": str(world / "narrow"), "merge": 1, "pictures": 6, "size": SIZE,
+            "validation": str(world / "labelled"), "seed": 0,
+        }  # fmt: skip
         assert (made / "sit" / "model" / "config.json").exists()
     assert found["kl1e-06"]["frechet"] != found["kl1"]["frechet"]
     assert json.loads((tmp_path / "kl_sweep.json").read_text()) == found
@@ -580,12 +715,22 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
     before = times()
     assert quick(resume=True) == found
     assert times() == before
-    (tmp_path / "kl1" / "sit3" / "frechet.json").unlink()  # as a kill would leave it
+    (tmp_path / "kl1" / "sit3-32px-seed0" / "frechet.json").unlink()  # as a kill would leave it
     again = quick(resume=True)
     assert again["kl1"]["frechet"] == pytest.approx(found["kl1"]["frechet"])
     for name in ("sit/model/diffusion_pytorch_model.safetensors", "samples/0000000.npy"):
-        file = Path("kl1", "sit3", name)
+        file = Path("kl1", "sit3-32px-seed0", name)
         assert times()[file] == before[file]
+    for number in range(6):  # of other pictures the distance is another
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / f"{number}.png").write_bytes(png(number + 50))
+    other = quick(validation=str(tmp_path / "other"), resume=True)
+    assert other["kl1"]["frechet"] != pytest.approx(found["kl1"]["frechet"], rel=1e-3)
+    assert times()[file] == before[file]
+    seeded = quick(kl=(1.0,), seed=1, resume=True)  # the VAE is trained, its generator is not
+    assert (tmp_path / "kl1" / "sit3-32px-seed1" / "frechet.json").exists()
+    assert seeded["kl1"]["frechet"] != pytest.approx(found["kl1"]["frechet"], rel=1e-3)
+    assert times()[file] == before[file]
     assert list(found) == list(quick(sit_steps=0, resume=True))
     assert "frechet" not in json.loads((tmp_path / "kl_sweep.json").read_text())["kl1"]
 
@@ -614,6 +759,15 @@ def test_a_sweep_without_labels_is_refused_before_anything_is_trained(world, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_of_too_few_pictures_is_refused_before_anything_is_trained(world, tmp_path):
+    chosen = {"path": str(world / "labelled"), "kl": (1e-6, 1e-2)}
+    with pytest.raises(SystemExit, match=r"--validation-count 48 pictures say nothing .* wanted more than 48, better"):
+        train(world, tmp_path, **chosen, validation_count=48)
+    with pytest.raises(SystemExit, match=r"in the 768 features of vit_base_patch14_dinov2.lvd142m"):
+        train(world, tmp_path, **chosen, validation_count=768, teacher=train_reals.Options.teacher)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plot_says_what_it_shows(tmp_path):
     plot = script("kl_sweep").plot
     runs = [{"kl": 1e-6, "psnr": 20.0, "latent_std": 5.0}, {"kl": 1e-2, "psnr": 18.0, "latent_std": 1.0}]
@@ -622,3 +776,28 @@ def test_the_plot_says_what_it_shows(tmp_path):
     assert said == "Fréchet distance of generated pictures\nin the features of X"
     assert plot([runs[0] | {"frechet": 3.0}, runs[1]], tmp_path / "c.png").startswith("RMSE")
     assert plot([runs[0] | {"kl": 0.0}], tmp_path / "d.png")
+
+
+# Validation images
+
+
+def test_validation_images_are_of_all_classes(tmp_path):
+    """Spread over the folders; others stand in for what cannot be read."""
+    for number in range(12):
+        file = tmp_path / f"class{number // 4}" / f"{number:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (SIZE, SIZE), (20 * number,) * 3).save(file)
+    (tmp_path / "class1" / "04.png").write_bytes(b"no picture")
+
+    def chosen(count):
+        found = data.validation_images(data.DataOptions(str(tmp_path), size=SIZE), count)
+        return [round((image.mean().item() * 0.5 + 0.5) * 255 / 20) for image in found]
+
+    assert chosen(6) == [0, 2, 6, 8, 10, 1]
+    assert sorted(chosen(99)) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    make_table(tmp_path / "table" / "train.parquet", image=[png(row) for row in range(8)])
+    table = data.DataOptions(str(tmp_path / "table"), "huggingface", size=SIZE)
+    whole = data.validation_images(table, 8)
+    assert_equal([data.validation_images(table, 2)], [whole[[0, 4]]])
+    streamed = dataclasses.replace(table, streaming=True)
+    assert_equal([data.validation_images(streamed, 2)], [whole[:2]])

@@ -4,6 +4,7 @@ named for what they are."""
 import dataclasses
 import json
 import math
+import os
 import signal
 import subprocess
 import time
@@ -15,13 +16,15 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from psvae import PixelVAE, fit_latent_statistics, flow
+from psvae import PSVAE, PixelVAE, fit_latent_statistics, flow
+from psvae.alignment import alignment_net
 from psvae.hub.statistics import write_mean_std
 from tests.base import assert_close, assert_equal
 from tests.examples.generator_world import command, environment, fresh_accelerator, png, run, script
+from tests.processes import in_processes
 from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_psvae
 
-train_sit, sample_sit, sit, labelled = map(script, ("train_sit", "sample_sit", "sit", "labelled"))
+train_sit, sample_sit, sampling, sit, labelled = map(script, ("train_sit", "sample_sit", "sampling", "sit", "labelled"))
 frechet, cache_latents = script("frechet"), script("cache_latents")
 SIZE, STEPS, CLASSES = 32, 6, 3
 
@@ -173,14 +176,38 @@ def test_a_killed_run_continues_bit_exactly(world, unbroken):
     assert (output / last).read_bytes() == (unbroken / last).read_bytes()
 
 
+def in_step(rank, world, output):
+    """Trained by one of two processes: its weights. Each sees other pictures."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "1",
+    }  # fmt: skip
+    fresh_accelerator()
+    asked = options(world, output)
+    training = train_sit.Training(asked, train_sit.accelerator_for(asked, "no"))
+    assert training.accelerator.num_processes == 2
+    stream = training._stream()
+    for _ in range(2):
+        training._train_step(stream)
+        training.step += 1
+    return {name: p.detach() for name, p in training.accelerator.unwrap_model(training.model).named_parameters()}
+
+
 def test_two_processes_train_together(world, tmp_path):
-    run(command_line(world, tmp_path, "--steps", 2, processes=2))
-    assert set(weights(tmp_path)) == set(weights(train_two(world, tmp_path / "one")))
+    """Through an unwrapped module each would follow its own half of the batch."""
+    (tmp_path / "meeting").mkdir()
+    ranks = in_processes(in_step, tmp_path / "meeting", world, tmp_path / "two")
+    assert_equal(ranks[0].values(), ranks[1].values())
+    assert any(p.abs().max() > 0 for name, p in ranks[0].items() if name.startswith("proj_out"))  # zero at first
 
 
-def train_two(world, output):
-    train(world, output, steps=2)
-    return output
+def test_two_processes_from_the_command_line(world, tmp_path):
+    """One of them speaks."""
+    line = command_line(world, tmp_path, "--steps", 2, "--vae", scaled(world, tmp_path / "vae", 100.0), processes=2)
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(SCALE) == 1
+    assert all(p.isfinite().all() for p in weights(tmp_path).values())
 
 
 def test_a_batch_can_be_overfitted(world, tmp_path):
@@ -199,7 +226,7 @@ def test_a_batch_can_be_overfitted(world, tmp_path):
 @pytest.mark.parametrize("data", ["latents", "moments"])
 def test_cached_latents_are_those_of_the_images(world, data):
     """With moments they are drawn anew; both are as the pictures' own."""
-    vae = sit.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
     cached, pictures = (
         labelled.open_data(options(world, world / "none", name, flip=False).data, 0, vae) for name in (data, "images")
     )
@@ -217,7 +244,7 @@ def test_cached_latents_are_those_of_the_images(world, data):
 
 
 def test_half_of_the_images_are_mirrored_by_position_alone(world):
-    vae = sit.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
     data = labelled.open_data(options(world, world / "none").data, 0, vae)
     plain = labelled.open_data(options(world, world / "none", flip=False).data, 0, vae)[0, 0][0]
     kinds = [data[position, 0][0] for position in range(40)]
@@ -244,6 +271,33 @@ def test_a_nan_stops_saves_and_is_named(world, tmp_path):
     with pytest.raises(SystemExit, match=r"step 1: the velocity loss became NaN or infinite; the state before it is"):
         train(world, tmp_path, lr=1e37, steps=3, checkpoint_every=100)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step0000001"]
+    for _ in range(2):  # and where that checkpoint exists
+        with pytest.raises(SystemExit, match=r"step 1: the velocity loss became NaN or infinite; the state before it"):
+            train(world, tmp_path, lr=1e37, steps=3, checkpoint_every=100, resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step0000001"]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_nan_gradient_of_a_finite_loss_spoils_nothing(world, unbroken, tmp_path, clip):
+    """Older checkpoints stay too, and --resume goes on as if nothing had been."""
+    fresh_accelerator()
+    asked = options(world, tmp_path, clip=clip, keep_checkpoints=1)
+    training = train_sit.Training(asked, train_sit.accelerator_for(asked, "no"))
+    stream = training._stream()
+    training._train_step(stream)
+    training.step += 1
+    training._save_checkpoint()
+    training._train_step(stream)
+    training.step += 1
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    next(training.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(SystemExit, match=r"step 2: gradient of the velocity loss became NaN .*--resume and a smaller"):
+        training._train_step(stream)
+    assert_equal(dict(training.model.named_parameters()).values(), before.values())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step0000001", "step0000002"]
+    train(world, tmp_path, clip=clip, resume=True)
+    if clip is None:
+        assert_equal([weights(tmp_path)], [weights(unbroken)])
 
 
 def test_starting_over_checkpoints_is_refused(world, unbroken):
@@ -279,6 +333,21 @@ def test_what_cannot_be_trained_is_said(world, tmp_path, changes, said):
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_a_cache_of_another_vae_is_refused(world, tmp_path):
+    """With as many channels; by its weights, and not by what a PixelVAE leaves to the caller."""
+    other = PSVAE.from_pretrained(world / "vae")
+    next(other.encoder.parameters()).data += 0.01
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match=r"latents holds latents of another VAE \(vae: '.*' before, '.*' now\): pass"):
+        train(world, tmp_path / "out", "latents", vae=str(tmp_path / "other"))
+
+    vae, cache = scaled(world, tmp_path / "vae", 1.0), tmp_path / "cache"
+    fresh_accelerator()
+    pictures = str(world / "images")
+    cache_latents.main(cache_latents.Options(str(world / "unmeasured"), pictures, cache, size=SIZE, workers=0))
+    assert train(world, tmp_path / "out", cache, vae=vae, steps=1) > 0
+
+
 def test_an_image_beside_the_classes_is_refused(world, tmp_path):
     for name in ("a/0", "b/1", "2"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -296,19 +365,37 @@ def test_one_scalar_of_reals_brings_latents_to_unit_scale(world, tmp_path, capsy
     write_mean_std(vae.latent_spec, tmp_path / "mean_std.json")
     raw = vae.encode(images(8)).latent_dist.mode()
     vae.save_pretrained(tmp_path)
-    loaded = sit.load_measured_vae(str(tmp_path), None, torch.device("cpu"))
+    loaded = sampling.load_measured_vae(str(tmp_path), None, torch.device("cpu"))
     assert "its latents go by the statistics" in capsys.readouterr().out
     told = json.loads((tmp_path / "mean_std.json").read_text())
-    seen = script("sampling").scale_latents(loaded, raw)
+    seen = sampling.scale_latents(loaded, raw)
     assert_close([seen], [(raw - told["mean"]) / told["std"]])
-    assert_close([script("sampling").unscale_latents(loaded, seen)], [raw])
+    assert_close([sampling.unscale_latents(loaded, seen)], [raw])
 
 
-def test_a_wrong_scale_is_warned_of(world, tmp_path, capsys):
-    (tmp_path / "mean_std.json").write_text('{"mean": 0.0, "std": 100.0}')
-    PixelVAE.from_pretrained(world / "unmeasured").save_pretrained(tmp_path)
-    train(world, tmp_path / "out", vae=str(tmp_path), steps=1)
-    assert "the statistics are another model's or data's, or were applied twice" in capsys.readouterr().err
+SCALE = "statistics are another model's or data's, or were applied twice"
+
+
+def scaled(world, folder, times):
+    """A VAE whose mean_std.json makes its latents so many times too narrow."""
+    vae = PixelVAE.from_pretrained(world / "unmeasured")
+    vae.save_pretrained(folder)
+    fit_latent_statistics(vae, [torch.cat([images(8, seed=seed) for seed in range(3)])])
+    write_mean_std(vae.latent_spec, folder / "mean_std.json")
+    told = json.loads((folder / "mean_std.json").read_text())
+    (folder / "mean_std.json").write_text(json.dumps({"mean": told["mean"], "std": times * told["std"]}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("times", "warned"), [(10.0, 1), (0.1, 1), (2.4, 0), (0.4, 0)])
+def test_a_wrong_scale_is_warned_of(world, tmp_path, capsys, times, warned):
+    """As AlignmentNet warns, once whenever a run begins."""
+    asked = {"vae": scaled(world, tmp_path / "vae", times), "accumulate": 2}
+    train(world, tmp_path / "out", steps=2, **asked)
+    assert capsys.readouterr().err.count(SCALE) == warned
+    train(world, tmp_path / "out", steps=4, resume=True, **asked)
+    assert capsys.readouterr().err.count(SCALE) == warned
+    assert alignment_net._FAR == train_sit.FAR
 
 
 # Sampling
@@ -353,7 +440,7 @@ def test_the_npz_is_what_adm_reads_whoever_makes_it(world, unbroken, tmp_path):
     ids=lambda how: next(iter(how)),
 )  # fmt: skip
 def test_every_option_of_sampling_counts(world, tmp_path, how):
-    vae = sit.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
     sit.save_sit(tiny_sit(), vae.latent_spec, tmp_path / "model")  # a trained one would be needed for hours
     samplers = [
         sample_sit.Sampler(sampling_options(world, tmp_path, tmp_path, **more), torch.device("cpu"))
@@ -399,8 +486,8 @@ def test_saved_latents_are_what_the_pictures_are_decoded_from(world, unbroken, t
 
     made = latents_of()
     assert (made.dtype, made.shape) == (np.float32, (7, 8, 4, 4))
-    vae = sit.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
-    decoded = script("sampling").decode(vae, torch.from_numpy(made))
+    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    decoded = sampling.decode(vae, torch.from_numpy(made))
     seen = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
     assert float((decoded - seen).abs().max()) < 0.6 / 127.5
     (tmp_path / "made" / "0000004.npy").unlink()  # killed after the latents were written
@@ -475,6 +562,90 @@ def test_the_distance_of_two_gaussians():
     assert frechet.frechet_distance(one, two) == pytest.approx(float(7 - 2 * between))
     with pytest.raises(SystemExit, match="the features hold NaN"):
         frechet.frechet_distance(first * math.nan, second)
+
+
+def random_inception(file):
+    """Of torch-fidelity, as it comes from its file: random weights, each layer normalised over two pictures."""
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="comes with psvae[train]")
+
+    class Fresh(fidelity.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            """Nothing to load yet."""
+
+    torch.save({}, file)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Fresh("inception-v3-compat", ["2048"], str(file))
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.momentum = 1.0
+        network.train()(torch.from_numpy(pixels(2, 0)).permute(0, 3, 1, 2))
+        torch.nn.init.normal_(network.fc.weight, std=0.02)
+    torch.save(network.state_dict(), file)
+    return fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(file))
+
+
+def pixels(count, seed, brightest=255):
+    """uint8 N H W 3."""
+    return np.random.default_rng(seed).integers(0, brightest, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@torch.no_grad()
+def test_inceptions_numbers_are_those_of_torch_fidelity(tmp_path, monkeypatch):
+    """By its own functions, of features taken one by one; manifolds and score as ADM's evaluator writes them."""
+    network = random_inception(tmp_path / "inception.pth")
+    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    monkeypatch.setattr(frechet, "SCORED", 3)  # more than one score to average
+    sets = {"samples": pixels(6, 1, brightest=9), "reference": pixels(4, 2, brightest=240)}
+    sets["samples"][1:] += sets["reference"][0]  # five alike, and a black one
+    for name, array in sets.items():
+        np.savez(tmp_path / f"{name}.npz", arr_0=array)
+    numbers = frechet.main(
+        frechet.Options(
+            samples=str(tmp_path / "samples.npz"), reference=str(tmp_path / "reference.npz"), batch_size=4, workers=0,
+            inception=tmp_path / "inception.pth",
+        )
+    )  # fmt: skip
+    assert list(numbers) == ["samples", "reference", "fid", "sfid", "is", "precision", "recall"]
+
+    maps = []
+    network.Mixed_6d.branch1x1.bn.register_forward_hook(lambda _module, _inputs, output: maps.append(output.clone()))
+    made, real = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in sets.values())
+    (made, logits), (real, _) = network(made), network(real)
+    spatial = [found[:, :7].relu().permute(0, 2, 3, 1).flatten(1) for found in maps]  # ADM: mixed_6/conv, [..., :7]
+    assert spatial[0].shape == (6, 2023)
+
+    def distance(first, second):
+        basis = torch.linalg.qr(torch.cat([first, second]).double().T).Q  # their span, where it is the same
+        statistics = [metric_fid.fid_features_to_statistics(rows.double() @ basis) for rows in (first, second)]
+        return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+
+    assert numbers["fid"] == pytest.approx(distance(made, real), rel=1e-3)
+    assert numbers["sfid"] == pytest.approx(distance(*spatial), rel=1e-3)
+    parts = logits.double().softmax(1).split(3)
+    scores = [math.exp((part * (part.log() - part.mean(0, keepdim=True).log())).sum(1).mean()) for part in parts]
+    assert numbers["is"] == pytest.approx(np.mean(scores), rel=1e-3)
+    assert numbers["is"] > 1.01
+
+    def inside(points, others):
+        """Of the points, those within some other's distance to its third nearest neighbour."""
+        radii = torch.tensor([sorted((one - other).norm() for other in others)[3] for one in others])
+        return np.mean(
+            [any((point - one).norm() <= r for one, r in zip(others, radii, strict=True)) for point in points]
+        )
+
+    assert numbers["precision"] == pytest.approx(inside(made, real)) == pytest.approx(5 / 6)
+    assert numbers["recall"] == pytest.approx(inside(real, made))
+    assert numbers["precision"] != numbers["recall"]
+
+
+def test_three_pictures_have_no_third_neighbour(tmp_path):
+    pytest.importorskip("torch_fidelity", reason="comes with psvae[train]")
+    (tmp_path / "inception.pth").touch()
+    np.savez(tmp_path / "few.npz", arr_0=pixels(3, 1))
+    few = str(tmp_path / "few.npz")
+    with pytest.raises(SystemExit, match=r"3 pictures came, .*the 3 nearest others: wanted more of each"):
+        frechet.main(frechet.Options(samples=few, reference=few, inception=tmp_path / "inception.pth", workers=0))
 
 
 def test_the_distance_is_named_for_its_encoder_and_never_fid(world, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from psvae import PixelVAE, fit_latent_statistics, load_reals, save_reals
 from tests.alignment.test_alignment_net import tiny_net
+from tests.hub.server import commit_of
+from tests.hub.test_hub import fill_cache
 from tests.tiny import fill_weights, images, latents, tiny_pixel_vae, tiny_psvae
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -83,6 +86,23 @@ def test_latents_are_a_generator_s(visualise, world):
     assert not torch.allclose(found, raw, atol=0.1)
 
 
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_release_goes_by_its_statistics(visualise, world, tmp_path, monkeypatch, where):
+    """ReaLS' is AutoencoderKL's folder, constant and all, with mean_std.json beside the weights."""
+    folder, cache = tmp_path / "release", tmp_path / "cache"
+    vae = PixelVAE.from_pretrained(world / "pixel")
+    vae.export_diffusers(folder)
+    (folder / "mean_std.json").write_text('{"mean": 0.5, "std": 2.0}')
+    fill_cache(cache, "org/release", commit_of(1), folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    found = visualise.latents_of(
+        str(folder) if where == "folder" else "org/release", images(4), visualise.Options("", ())
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found, (vae.encode(images(4)).latent_dist.mode() - 0.5) / 2)
+
+
 def test_similarity_is_to_the_same_place_of_the_picture(visualise):
     x = latents(2, 4, 8)
     point = visualise.place_of("1,6", (4, 8))
@@ -128,7 +148,7 @@ def test_t_sne_keeps_classes_apart(visualise, pooled):
         ({"patch": "middle"}, "--patch is 'middle'"),
         ({"patch": "1,2,3"}, "wanted row,column"),
         ({"count": 3}, "--count is 3; wanted at least 4"),
-        ({"size": 20}, "20"),
+        ({"size": 20}, "20 x 20; wanted multiples of the stride 8"),
         ({"data": "psvae"}, "holds no images"),
     ],
 )

@@ -1,10 +1,10 @@
 """Alignment losses, against their formulas written out pair by pair."""
 
 import math
+import re
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from psvae import losses
 from psvae.errors import ShapeError
@@ -27,16 +27,39 @@ def huber(x):
     return 0.5 * x**2 if abs(x) < 1 else abs(x) - 0.5
 
 
+def angle_and_distance(pairs):
+    """Mean 1 − cos and mean smooth L1 of pairs of vectors."""
+    angles = [1 - cosine(a, b) for a, b in pairs]
+    distances = [huber(x) for a, b in pairs for x in (a - b).tolist()]
+    return sum(angles) / len(angles), sum(distances) / len(distances)
+
+
+def similarity(ours, theirs, margin):
+    """Mean over the pairs of tokens of each image."""
+    terms = []
+    for one, other in zip(ours, theirs, strict=True):
+        a, b = one.flatten(1).T, other.flatten(1).T
+        terms += [
+            max(0, abs(cosine(a[i], a[j]) - cosine(b[i], b[j])) - margin) for i in range(len(a)) for j in range(len(a))
+        ]
+    return sum(terms) / len(terms)
+
+
 def test_alignment_is_cosine_and_smooth_l1():
     ours, theirs = maps()
-    pairs = list(zip(tokens(ours), tokens(theirs), strict=True))
-    angle = sum(1 - cosine(a, b) for a, b in pairs) / len(pairs)
-    distance = sum(huber(x) for a, b in pairs for x in (a - b).tolist()) / ours.numel()
+    angle, distance = angle_and_distance(list(zip(tokens(ours), tokens(theirs), strict=True)))
     assert losses.alignment_loss(ours, theirs).item() == pytest.approx(0.9 * angle + 0.1 * distance, rel=1e-5)
     weighed = losses.alignment_loss(ours, theirs, cosine_weight=0.0, smooth_l1_weight=2.0)
     assert weighed.item() == pytest.approx(2 * distance, rel=1e-5)
-    assert losses.alignment_loss(ours[..., 0, 0], theirs[..., 0, 0]).item() > 0  # a global feature, B D
     assert losses.alignment_loss(ours, ours).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_alignment_of_a_global_feature():
+    ours, theirs = (x[..., 0, 0] for x in maps())
+    angle, distance = angle_and_distance(list(zip(ours, theirs, strict=True)))
+    assert losses.alignment_loss(ours, theirs).item() == pytest.approx(0.9 * angle + 0.1 * distance, rel=1e-5)
+    by_hand = losses.alignment_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.5]]))  # differences of 1 and 0.5
+    assert by_hand.item() == pytest.approx(0.9 * (1 - 26 / (5 * math.hypot(4, 3.5))) + 0.1 * (0.5 + 0.125) / 2)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])
@@ -50,15 +73,9 @@ def test_margin_cosine(margin):
 @pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_margin_similarity_is_within_each_image(margin):
     ours, theirs = maps()
-    terms = []
-    for one, other in zip(ours, theirs, strict=True):
-        a, b = one.flatten(1).T, other.flatten(1).T
-        terms += [
-            max(0, abs(cosine(a[i], a[j]) - cosine(b[i], b[j])) - margin) for i in range(len(a)) for j in range(len(a))
-        ]
-    wanted = sum(terms) / len(terms)
-    assert losses.margin_similarity_loss(ours, theirs, margin=margin).item() == pytest.approx(wanted, rel=1e-4)
-    assert losses.margin_similarity_loss(ours, theirs[:, :3]).item() >= 0  # of another width
+    for target in (theirs, theirs[:, :3]):  # of another width too
+        wanted = similarity(ours, target, margin)
+        assert losses.margin_similarity_loss(ours, target, margin=margin).item() == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", [losses.alignment_loss, losses.margin_cosine_loss, losses.margin_similarity_loss])
@@ -75,6 +92,28 @@ def test_the_teachers_width_is_named():
     for loss in (losses.alignment_loss, losses.margin_cosine_loss):
         with pytest.raises(ShapeError, match=r"\(2, 6, 3, 2\).*\(2, 4, 3, 2\).*feature_dim"):
             loss(ours, theirs[:, :4])
+
+
+@pytest.mark.parametrize("loss", [losses.alignment_loss, losses.margin_cosine_loss, losses.margin_similarity_loss])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ((2, 6, 1, 1), (2, 6, 3, 2)),
+        ((1, 6, 3, 2), (2, 6, 3, 2)),
+        ((2, 6, 3, 2), (2, 6, 2, 3)),
+        ((2, 6, 3, 2), (2, 6)),
+        ((6,), (6,)),
+    ],
+)
+def test_nothing_is_broadcast(loss, ours, theirs):
+    wanted = rf"prediction has shape {re.escape(str(ours))} and the target {re.escape(str(theirs))}; wanted .*B, D"
+    with pytest.raises(ShapeError, match=wanted):
+        loss(torch.ones(ours), torch.ones(theirs))
+
+
+def test_a_global_feature_has_no_pairs():
+    with pytest.raises(ShapeError, match=r"\(2, 6\) and the target \(2, 6\); wanted \(B, D, h, w\)"):
+        losses.margin_similarity_loss(torch.ones(2, 6), torch.ones(2, 6))
 
 
 def test_gradient_ratio():
@@ -95,4 +134,23 @@ def test_half_precision_is_computed_in_fp32():
     ours, theirs = maps()
     exact = losses.alignment_loss(ours.bfloat16().float(), theirs.bfloat16().float())
     assert losses.alignment_loss(ours.bfloat16(), theirs.bfloat16()).equal(exact)
-    assert F.smooth_l1_loss(ours, theirs) > 0
+
+
+def test_pairs_on_the_meta_device():
+    """To which autocast, and so leaving it, is unknown."""
+    ours, theirs = (x.to("meta") for x in maps())
+    assert losses.margin_similarity_loss(ours, theirs).shape == ()
+
+
+@pytest.mark.parametrize("loss", [losses.alignment_loss, losses.margin_cosine_loss, losses.margin_similarity_loss])
+def test_autocast_changes_nothing(loss):
+    """Neither the value nor the gradient."""
+    ours, theirs = maps()
+    ours.requires_grad_()
+    exact = loss(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(ours, theirs)
+    assert found.dtype == torch.float32
+    assert found.equal(exact)
+    (gradient,), (wanted,) = (torch.autograd.grad(value, ours) for value in (found, exact))
+    assert gradient.equal(wanted)
