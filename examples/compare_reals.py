@@ -36,7 +36,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from psvae import PixelDecoderConfig, PixelVAE, PixelVAEConfig, SemanticEncoder, SemanticEncoderConfig
-from psvae.encoders import PixelEncoderConfig
+from psvae.encoders import EncoderTokens, PixelEncoderConfig
 
 KINDS = ("plain", "reals")
 SIDE, GRID = 32, 8  # of pictures, in pixels, and of latents and features alike, in cells
@@ -72,9 +72,8 @@ class Classifier(NamedTuple):
     head: nn.Linear
 
     def features(self, images: Tensor) -> Tensor:
-        """``B 3 H W`` → ``B D``: of the global token and of the patches, so that the class is learned by both."""
-        seen = self.encoder(images, return_all=True)
-        return seen.global_token + seen.features.mean(dim=(2, 3))
+        """``B 3 H W`` → ``B D``, what ``head`` reads."""
+        return pooled(self.encoder(images, return_all=True))
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -223,15 +222,14 @@ def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) 
     parameters = [*encoder.parameters(), *head.parameters(), *of_cells.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    made = Classifier(encoder, head)
     for _ in (bar := tqdm(range(steps), name)):
         places = torch.randint(len(images), (32,))
         shown = images[places] if cells is not None else shifted(images[places])
         with torch.autocast("cpu", torch.bfloat16):
-            seen = worn(shown) if name == "judge" else shown
-            loss = F.cross_entropy(head(made.features(seen)), labels[places])
+            seen = encoder(worn(shown) if name == "judge" else shown, return_all=True)
+            loss = F.cross_entropy(head(pooled(seen)), labels[places])
             if cells is not None:
-                loss = loss + OF_CELLS * F.cross_entropy(of_cells(encoder(seen)), cells[places])
+                loss = loss + OF_CELLS * F.cross_entropy(of_cells(seen.features), cells[places])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -239,7 +237,12 @@ def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) 
         bar.set_postfix(loss=f"{loss.item():.3f}")
     encoder.eval().save_pretrained(folder)
     torch.save(head.state_dict(), folder / "head.pt")
-    return made
+    return Classifier(encoder, head)
+
+
+def pooled(seen: EncoderTokens) -> Tensor:
+    """``B D``: of the global token and of the patches, so that the class is learned by both."""
+    return seen.global_token + seen.features.mean(dim=(2, 3))
 
 
 def shifted(images: Tensor) -> Tensor:
