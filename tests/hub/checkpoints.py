@@ -39,7 +39,7 @@ BUILDERS = {
     "ViTPixelDecoder": tiny_vit_decoder,
     "PSVAE": tiny_psvae,
     "PixelVAE": tiny_pixel_vae,
-    "AlignmentNet": lambda: build(AlignmentNet, AlignmentNetConfig(8, 24, hidden_dim=32)),
+    "AlignmentNet": lambda: build(AlignmentNet, AlignmentNetConfig(8, 24, hidden_dim=64)),
     "DeepFusionDiT": tiny_generator,
 }
 
