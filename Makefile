@@ -1,5 +1,5 @@
-# For a newcomer: `make quickstart`, `make scenes` and `make test`. All make .venv first.
-.PHONY: quickstart scenes test check clean
+# For a newcomer: `make quickstart`, `make scenes`, `make reals` and `make test`. All make .venv first.
+.PHONY: quickstart scenes reals test check clean
 PYTHON ?= python3
 
 quickstart: .venv/installed
@@ -8,6 +8,10 @@ quickstart: .venv/installed
 # a tokenizer, text-to-image and editing from nothing, and their scores: 21 minutes on two cores
 scenes: .venv/installed
 	.venv/bin/python examples/train_scenes.py $(ARGS)
+
+# a plain VAE and a ReaLS one on drawn scenes, compared
+reals: .venv/installed
+	.venv/bin/python examples/compare_reals.py $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from checkpoints import changed, write_text, write_whole
 from data import IMAGE_ENDINGS, UNREADABLE, center_transform, open_table, read_image
@@ -43,6 +43,7 @@ MANIFEST, NAMES, STATISTICS = (
     "names.json",
     "latents_stats.pt",
 )  # LightningDiT takes every .safetensors for a shard
+LEFT_TO_CALLERS = {"scaling_factor", "shift_factor", "latents_mean", "latents_std", "statistics_grid"}  # of PixelVAE
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,20 @@ class CachedLatents(Dataset):
         file, row = self._find(place)
         return file.get_slice("mean")[row], file.get_slice("logvar")[row]
 
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+    def stored(self, place: int, mirrored: bool) -> Tensor:
+        """``Z h w`` as it was drawn for the shard, of the image or of the mirrored one."""
         file, row = self._find(place)
-        mirrored = self.flip and bool(torch.rand(()) < 0.5)
-        latents = file.get_slice("latents_flip" if mirrored else "latents")[row]
+        return file.get_slice("latents_flip" if mirrored else "latents")[row]
+
+    def label(self, place: int) -> int:
+        file, row = self._find(place)
+        return int(file.get_slice("labels")[row])
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        latents = self.stored(place, self.flip and bool(torch.rand(()) < 0.5))
         if self.statistics:
             latents = (latents.float() - self.statistics["mean"]) / self.statistics["std"]
-        return latents, int(file.get_slice("labels")[row])
+        return latents, self.label(place)
 
     def _find(self, place: int) -> tuple[Any, int]:
         """Its shard, opened, and the row there."""
@@ -218,14 +226,23 @@ def shard_places(manifest: dict[str, Any]) -> list[list[int]]:
     ]
 
 
+def digest_of(vae: PSVAE | PixelVAE) -> str:
+    """Of its weights and configuration, but for the scale and the statistics that a PixelVAE leaves to the caller."""
+    config, state = vae.config.to_dict(), vae.state_dict()
+    if vae.latent_spec.applied_by == "caller":
+        config = {name: value for name, value in config.items() if name not in LEFT_TO_CALLERS}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("latent_spec.")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def manifest_of(options: Options, vae: PSVAE | PixelVAE, images: Images) -> dict[str, Any]:
     """What must not change between two runs into one folder; and ``left_out``, which may."""
-    digest = hashlib.sha256(json.dumps(vae.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     kept = "data", "split", "image_column", "label_column", "size", "shard_size", "moments", "seed", "dtype"
     ours = {name: asdict(options)[name] for name in kept}
-    return {"count": len(images), "vae": digest.hexdigest(), **ours, "left_out": sorted(images.left_out)}
+    return {"count": len(images), "vae": digest_of(vae), **ours, "left_out": sorted(images.left_out)}
 
 
 def resume(folder: Path, images: Images) -> None:
@@ -400,8 +417,9 @@ def main(options: Options) -> None:
         if images.table is not None and images.left_out:
             rows = some([f"row {place}" for place in sorted(images.left_out)])
             print(f"{len(images.left_out)} cannot be read and are left out: {rows}. Once mended, take another --output")
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     main(tyro.cli(Options))
+    PartialState().destroy_process_group()  # not in main, which other programs call

@@ -44,8 +44,9 @@ def learning_rate(options: Any, step: int, steps: int) -> float:
     return options.lr * cosine * min(1.0, (step + 1) / max(1, options.warmup))
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """All of accelerate's state as ``folder/step…``, written beside it and then renamed; the newest ``keep`` stay."""
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int | None) -> None:
+    """All of accelerate's state as ``folder/step…``, written beside it and then renamed; the newest ``keep`` stay, or
+    with None all."""
     partial, final = folder / "partial", folder / f"step{step:07d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,9 +55,47 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         partial.rename(final)
-        for old in sorted(folder.glob("step*"))[:-keep]:
+        for old in [] if keep is None else sorted(folder.glob("step*"))[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def stop_at_nan(
+    accelerator: Accelerator,
+    terms: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    step: int,
+    output: Path,
+    unreadable: set[str],
+    remedy: str,
+) -> None:
+    """Before an optimiser steps and the weights are spoilt: save what there is, name what is NaN or infinite in any
+    process. All processes call it.
+
+    Args:
+        terms: of the loss, by name.
+        gradients: their norms, by whose they are; named where all terms are finite. Under fp16, whose scaler passes
+            over a step with infinite gradients and goes on, they are left alone.
+        unreadable: names of what could not be read so far, which `write_names` keeps.
+        remedy: what to go on with, for the message.
+
+    Raises:
+        SystemExit: something is. The state is below ``output``, beside all older ones.
+    """
+    gradients = {} if accelerator.scaler is not None else {f"gradient of {name}": x for name, x in gradients.items()}
+    values = torch.stack([value.detach().float() for value in (terms | gradients).values()])
+    spoilt = accelerator.reduce((~values.isfinite()).float(), "sum").bool().tolist()
+    if not any(spoilt):
+        return
+    names = [name for name, bad in zip(terms | gradients, spoilt, strict=True) if bad]
+    folder = output / "checkpoints"
+    if not (folder / f"step{step:07d}").exists():  # of a --resume that came to the same
+        write_names(accelerator, unreadable, output / "unreadable.txt")
+        save_checkpoint(accelerator, folder, step, keep=None)
+    raise SystemExit(
+        f"step {step}: {', '.join([name for name in names if name in terms] or names)} became NaN or infinite; the "
+        f"state before it is saved in {folder}: go on with --resume and {remedy}"
+    )
 
 
 def first_step(accelerator: Accelerator, folder: Path, steps: int) -> int:

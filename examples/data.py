@@ -77,11 +77,20 @@ def batches(options: DataOptions, batch_size: int, seed: int, rank: int, world: 
 
 
 def validation_images(options: DataOptions, count: int) -> Tensor:
-    """The first ``count`` readable images, centre-cropped, ``B 3 H W`` in [-1, 1]."""
+    """At most ``count`` readable images, centre-cropped, ``B 3 H W`` in [-1, 1].
+
+    Spread evenly over a folder or a dataset that is not streamed, so over its classes; of a stream the first. Others
+    stand in for what cannot be read.
+    """
     transform = center_transform(options.size)
     found: list[Tensor] = []
     source = _open(options)
-    for item in map(source.__getitem__, range(len(source))) if isinstance(source, Dataset) else _one_pass(options):
+    if isinstance(source, Dataset):
+        places = dict.fromkeys([*spread(len(source), count), *range(len(source))])  # each once, in this order
+        items = map(source.__getitem__, places)
+    else:
+        items = _one_pass(options)
+    for item in items:
         try:
             image = read_image(item[1])
         except UNREADABLE:
@@ -92,6 +101,12 @@ def validation_images(options: DataOptions, count: int) -> Tensor:
     if not found:
         raise SystemExit(f"no readable image in {options.path!r}")
     return torch.stack(found)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` places, evenly over the length."""
+    count = min(count, length)
+    return [number * length // count for number in range(count)]
 
 
 def center_transform(size: int) -> v2.Compose:

@@ -2,6 +2,8 @@
 
 import time
 from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,6 @@ def measure(
     0.01 nat per cell, as ½ log(1 + variance of the mean / mean of the variance). lpips: where its weights are on
     this machine.
     """
-    lpips = _local_lpips()
     rows: list[dict[str, float]] = []
     device = next(iter(model.state_dict().values())).device
     means: list[Tensor] = []
@@ -32,35 +33,51 @@ def measure(
         with accelerator.autocast() if accelerator is not None else nullcontext():
             output = model(part)
             target = frozen(part)
-        shown = output.sample.float().clamp(-1, 1)
-        row = {
-            "psnr": peak_signal_noise_ratio(shown, part, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-            "ssim": structural_similarity_index_measure(shown, part, data_range=2.0),
-        }
+        row = picture_measures(output.sample, part)
         if output.rebuilt_features is not None:
             row["feature_cosine"] = cosine_similarity_map(output.rebuilt_features, target).mean()
         row["encoder_cosine"] = cosine_similarity_map(output.features, target).mean()
-        if lpips is not None:
-            row["lpips"] = lpips.to(device)(shown, part).mean()
         rows.append({name: float(value) * len(part) for name, value in row.items()})
         means.append(output.posterior.mean.float())
         variances.append(output.posterior.var.float())
     numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
     if output.parameters is not None:
-        signal = torch.cat(means).var(dim=(0, 2, 3)) / torch.cat(variances).mean(dim=(0, 2, 3))
-        numbers["active_channels"] = float((0.5 * signal.log1p() > 0.01).float().mean())
+        numbers["active_channels"] = active_channels(torch.cat(means), torch.cat(variances))
     return numbers
 
 
-def _local_lpips() -> Any:
-    """LPIPS, if torchvision has its VGG weights on this machine already."""
-    from pathlib import Path
+def picture_measures(sample: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """psnr, ssim, and lpips where its weights are on this machine, of reconstructions ``B 3 H W``."""
+    shown, lpips = sample.float().clamp(-1, 1), _local_lpips()
+    row = {
+        "psnr": peak_signal_noise_ratio(shown, images, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
+        "ssim": structural_similarity_index_measure(shown, images, data_range=2.0),
+    }
+    return row if lpips is None else row | {"lpips": lpips.to(images.device)(shown, images).mean()}
 
-    if not list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")):
-        return None
+
+def active_channels(means: Tensor, variances: Tensor) -> float:
+    """The share of latent channels, ``B Z h w`` both, that carry more than 0.01 nat per cell."""
+    signal = means.var(dim=(0, 2, 3)) / variances.mean(dim=(0, 2, 3))
+    return float((0.5 * signal.log1p() > 0.01).float().mean())
+
+
+def load_lpips() -> nn.Module:
+    """LPIPS on VGG-16 with frozen parameters."""
     import lpips
 
-    return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    try:
+        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    except OSError as error:
+        raise SystemExit(
+            f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without"
+        ) from error
+
+
+@cache
+def _local_lpips() -> nn.Module | None:
+    """LPIPS, if torchvision has its VGG weights on this machine already."""
+    return load_lpips() if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else None
 
 
 def step_seconds(model: Any, batch_size: int, size: int) -> dict[str, float]:

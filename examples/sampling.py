@@ -1,6 +1,7 @@
 """What sampling takes: the models of a trained generator, its noise, a share of the work, whole files.
 
-For generate.py and edit.py; train_generator.py borrows the models' half for its sample grids.
+For generate.py and edit.py; train_generator.py, sample_sit.py, train_sit.py and visualise_latents.py borrow the models'
+half.
 """
 
 import json
@@ -18,8 +19,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, PrefixCache, PSVAEError, flow
+from psvae import (
+    PSVAE,
+    DeepFusionDiT,
+    DeepFusionDiTConfig,
+    PixelVAE,
+    PrefixCache,
+    PSVAEError,
+    flow,
+    load_latent_statistics,
+)
 from psvae.adapt import latent_shape
+from psvae.hub.source import Source
+from psvae.hub.statistics import MEAN_STD
 
 TOKENIZER = "tokenizer"  # subfolder of a saved generator
 
@@ -97,9 +109,13 @@ class Sampler:
         return decode(self.vae, latents.float()).cpu()
 
     def _noise(self, places: list[tuple[int, int]], shape: Sequence[int]) -> Tensor:
-        seeds = [zlib.crc32(repr((self.options.seed, *place)).encode()) for place in places]
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        rows = [torch.randn(shape, generator=generator_of(self.options.seed, *place)) for place in places]
         return torch.stack(rows).to(self.device, self.dtype)
+
+
+def generator_of(*position: object) -> torch.Generator:
+    """Whose numbers follow from the position alone."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
 
 
 # Models
@@ -149,6 +165,40 @@ def load_vae(name: str, device: torch.device, allow_pickle: bool = False) -> PSV
         except PSVAEError as error:
             said.append(str(error))
     raise SystemExit("; ".join(dict.fromkeys(said)))
+
+
+def load_measured_vae(
+    name: str, statistics: Path | None, device: torch.device, allow_pickle: bool = False, required: bool = True
+) -> PSVAE | PixelVAE:
+    """A frozen VAE whose latents `scale_latents` brings to about N(0, 1): by its constants (SD, FLUX) or by statistics,
+    those of a file, of mean_std.json beside its weights, in a folder or on the Hub (ReaLS), or of its own. Statistics
+    replace the constants.
+
+    Args:
+        required: refuse a VAE that has neither; else its latents stay as they are.
+
+    Raises:
+        SystemExit: it has neither.
+    """
+    vae = load_vae(name, device, allow_pickle)
+    spec = vae.latent_spec
+    with plain_errors():
+        beside = Source(name, "", revision=None, local_files_only=False, token=None, cache_dir=None)
+        file = statistics or beside.find(MEAN_STD)
+        if file is not None:
+            load_latent_statistics(spec, file, allow_pickle=allow_pickle)
+    measured = bool(((spec.mean != 0) | (spec.std != 1)).any())
+    constant = isinstance(vae, PixelVAE) and (vae.config.scaling_factor, vae.config.shift_factor or 0.0) != (1.0, 0.0)
+    if required and not measured and not constant:
+        raise SystemExit(
+            f"the latents of {name} have no statistics, so a generator cannot see them as N(0, 1): pass --statistics "
+            "(mean_std.json of ReaLS, or latents_stats.pt of cache_latents.py with --allow-pickle), or measure and "
+            "save them with psvae.fit_latent_statistics(vae, batches)"
+        )
+    if measured and constant:  # statistics are of raw latents: both would scale twice
+        print(f"{name} has statistics and the scale {vae.config.scaling_factor}: its latents go by the statistics")
+        vae.config = vae.config.replace(scaling_factor=1.0, shift_factor=None)
+    return vae
 
 
 def check_generator(config: DeepFusionDiTConfig, latents: Sequence[int]) -> None:

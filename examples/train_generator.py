@@ -11,7 +11,6 @@ One file for one CPU, one GPU, DDP and FSDP: `accelerate config` chooses. `--res
 import json
 import shlex
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from checkpoints import (
     write_options,
 )
 from pairs import Batches, PairOptions, Pairs, pair_batches
-from sampling import Tokenizer, branches, check_generator, decode, load_vae, plain_errors, scale_latents
+from sampling import Tokenizer, branches, check_generator, decode, generator_of, load_vae, plain_errors, scale_latents
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -204,8 +203,7 @@ class Training:
         for part in range(options.accumulate):
             pairs = next(stream)
             self.unreadable.update(pairs.unreadable)
-            position = (options.seed, self.step, part, accelerator.process_index)
-            draw = torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
+            draw = generator_of(options.seed, self.step, part, accelerator.process_index)
             with accelerator.accumulate(self.model):
                 loss = self._loss(pairs, draw)
                 accelerator.backward(loss)

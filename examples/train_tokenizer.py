@@ -14,7 +14,6 @@ import copy
 import json
 import shlex
 import sys
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +37,10 @@ from checkpoints import (
     write_text,
 )
 from data import DataOptions, batches, validation_images
-from measures import fast_precision, measure
+from measures import fast_precision, load_lpips, measure
 from pictures import save_samples
-from torch import Tensor, nn
+from sampling import generator_of
+from torch import Tensor
 from tqdm import tqdm
 
 from psvae import PSVAE, PSVAEConfig, SemanticEncoder, fit_latent_statistics, losses
@@ -245,8 +245,7 @@ class Stage:
             batch = next(stream)
             self.unreadable.update(batch.unreadable)
             images = batch.images.to(accelerator.device, non_blocking=True)
-            position = (options.seed, self.stage, self.step, part, accelerator.process_index)
-            noise = torch.Generator().manual_seed(zlib.crc32(repr(position).encode()))
+            noise = generator_of(options.seed, self.stage, self.step, part, accelerator.process_index)
             with accelerator.accumulate(*self._networks()):
                 output = self.model(images, sample_posterior=True, generator=noise, detach_latents=self.stage == 1)
                 terms = self._losses(output, images)
@@ -374,18 +373,6 @@ def build_model(options: Options, stage: int) -> PSVAE:
     file = None if options.encoder_weights == "timm" else options.encoder_weights
     encoder = SemanticEncoder.from_timm(**{**chosen.to_dict(), "file": file})
     return PSVAE.from_encoder(encoder, config)
-
-
-def load_lpips() -> nn.Module:
-    """LPIPS on VGG-16 with frozen parameters."""
-    import lpips
-
-    try:
-        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    except OSError as error:
-        raise SystemExit(
-            f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The data's path, and the module that walks each step of it::
 
     image ─SemanticEncoder─▶ features ─SemanticVAE─▶ latent ─PixelDecoder─▶ image
                              [source, text, noisy latent] ─DeepFusionDiT─▶ velocity
+    image ─PixelVAE─▶ latent ─AlignmentNet─▶ features
 
 `PSVAE` wires the first three behind the face of a Stable-Diffusion-style VAE; `flow` integrates the velocity.
 Names are resolved on first use, so that ``import psvae`` costs no more than ``import torch``.
@@ -29,6 +30,11 @@ _HOME = {
     "PixelDecoderConfig": "psvae.decoders",
     "ViTPixelDecoder": "psvae.decoders",
     "ViTPixelDecoderConfig": "psvae.decoders",
+    "AlignmentNet": "psvae.alignment",
+    "AlignmentNetConfig": "psvae.alignment",
+    "AlignmentOutput": "psvae.alignment",
+    "load_reals": "psvae.autoencoders",
+    "save_reals": "psvae.autoencoders",
     "DeepFusionDiT": "psvae.generators",
     "DeepFusionDiTConfig": "psvae.generators",
     "PrefixCache": "psvae.generators",
@@ -53,12 +59,17 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from psvae import flow as flow
     from psvae import losses as losses
+    from psvae.alignment import AlignmentNet as AlignmentNet
+    from psvae.alignment import AlignmentNetConfig as AlignmentNetConfig
+    from psvae.alignment import AlignmentOutput as AlignmentOutput
     from psvae.autoencoders import PSVAE as PSVAE
     from psvae.autoencoders import PixelVAE as PixelVAE
     from psvae.autoencoders import PixelVAEConfig as PixelVAEConfig
     from psvae.autoencoders import PixelVAEOutput as PixelVAEOutput
     from psvae.autoencoders import PSVAEConfig as PSVAEConfig
     from psvae.autoencoders import PSVAEOutput as PSVAEOutput
+    from psvae.autoencoders import load_reals as load_reals
+    from psvae.autoencoders import save_reals as save_reals
     from psvae.decoders import PixelDecoder as PixelDecoder
     from psvae.decoders import PixelDecoderConfig as PixelDecoderConfig
     from psvae.decoders import ViTPixelDecoder as ViTPixelDecoder

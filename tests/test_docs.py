@@ -12,10 +12,11 @@ from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PSVAEConfig
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "paper_to_code.md"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "examples" / "README.md"]
-# Whose options a section names: the first line's beginning, the file, and its classes by the option's prefix.
-TOKENIZER = ("train_tokenizer.py", {"": ["Options"], "losses": ["LossOptions"], "data": ["DataOptions"]})
-GENERATOR = ("train_generator.py", {"": ["TrainingOptions", "Options"], "data": ["PairOptions"]})
-PROGRAMS = {"Training (": TOKENIZER, "The generator's training": GENERATOR, "The variants": TOKENIZER}
+# Whose options a section names: the first line's beginning, the files, and their classes by the option's prefix.
+TOKENIZER = (["train_tokenizer.py"], {"": ["Options"], "losses": ["LossOptions"], "data": ["DataOptions"]})
+GENERATOR = (["train_generator.py"], {"": ["TrainingOptions", "Options"], "data": ["PairOptions"]})
+REALS = (["train_reals.py", "reals_losses.py"], TOKENIZER[1])
+PROGRAMS = {"Training (": TOKENIZER, "The generator's training": GENERATOR, "The variants": TOKENIZER, "ReaLS (": REALS}
 
 
 def names_in(path: Path) -> set[str]:
@@ -68,15 +69,15 @@ def sections() -> dict[str, str]:
     return {part.partition("\n")[0]: part for part in parts}
 
 
-def program_of(heading: str) -> tuple[str, dict[str, list[str]]] | None:
+def program_of(heading: str) -> tuple[list[str], dict[str, list[str]]] | None:
     return next((program for start, program in PROGRAMS.items() if heading.startswith(start)), None)
 
 
-def defaults(program: tuple[str, dict[str, list[str]]]) -> dict[str, ast.expr | None]:
+def defaults(program: tuple[list[str], dict[str, list[str]]]) -> dict[str, ast.expr | None]:
     """What its options default to, by the option's name."""
-    file, prefixes = program
+    files, prefixes = program
     found: dict[str, ast.expr | None] = {}
-    for path in (ROOT / "examples" / name for name in (file, "data.py", "pairs.py")):
+    for path in (ROOT / "examples" / name for name in (*files, "data.py", "pairs.py")):
         classes = {node.name: node for node in ast.parse(path.read_text(encoding="utf-8")).body if is_class(node)}
         for prefix, names in prefixes.items():
             for item in (item for name in names if name in classes for item in classes[name].body):
@@ -101,7 +102,7 @@ def test_options_exist():
     assert count > 20
 
 
-@pytest.mark.parametrize("start", ["Training (", "The generator's training"])
+@pytest.mark.parametrize("start", ["Training (", "The generator's training", "ReaLS ("])
 def test_training_defaults_are_the_code_s(start):
     section = next(text for heading, text in sections().items() if heading.startswith(start))
     options = defaults(PROGRAMS[start])

@@ -45,6 +45,9 @@ ONLY_IN = {
 HEAVY = ("timm", "torchvision", "diffusers", "transformers", "matplotlib", "accelerate")
 
 PUBLIC = [
+    "AlignmentNet",
+    "AlignmentNetConfig",
+    "AlignmentOutput",
     "DeepFusionDiT",
     "DeepFusionDiTConfig",
     "DiagonalGaussian",
@@ -69,7 +72,9 @@ PUBLIC = [
     "fit_latent_statistics",
     "flow",
     "load_latent_statistics",
+    "load_reals",
     "losses",
+    "save_reals",
 ]
 
 
@@ -129,8 +134,9 @@ def distributions():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_train_extra_installs_what_the_examples_import(path):
-    """diffusers_dit.py needs diffusers too, as examples/README.md says."""
-    names = declared("train", "diffusers") if path.stem == "diffusers_dit" else declared("train")
+    """Those that build diffusers' DiT need it too, as examples/README.md says."""
+    with_diffusers = {"diffusers_dit", "sit", "train_sit", "sample_sit", "compare_reals"}
+    names = declared("train", "diffusers") if path.stem in with_diffusers else declared("train")
     beside = {other.stem for other in EXAMPLES} | {"", "psvae", "scenes", *sys.stdlib_module_names}
     tops = {name.split(".")[0] for name in imports_of(path)} - beside
     assert sorted(top for top in tops if not names & {name.lower() for name in distributions()[top]}) == []

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from psvae import AlignmentNet, AlignmentNetConfig, fit_latent_statistics, save_reals
 from tests.generators.foreign import language_model
 from tests.tiny import tiny_pixel_vae, tiny_psvae
 
@@ -18,6 +19,11 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     tiny_psvae().save_pretrained("outputs/quickstart/stage2")
     tiny_pixel_vae().export_diffusers("stabilityai/sd-vae-ft-mse")  # a folder of that name comes before the Hub
     language_model(transformers.Qwen2Config).save_pretrained("Qwen/Qwen2.5-0.5B")
+    pixel = tiny_pixel_vae().eval()
+    channels, stride = pixel.latent_spec.channels, pixel.latent_spec.stride
+    fit_latent_statistics(pixel, [torch.rand(2, 3, 32, 32) * 2 - 1])
+    alignment = AlignmentNet(AlignmentNetConfig(channels, feature_dim=48, hidden_dim=16, stride=stride))
+    save_reals("outputs/compare_reals/reals", pixel, alignment)
     Path("examples").symlink_to(REPOSITORY / "examples")
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 2
@@ -27,6 +33,7 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert names["painted"].shape == names["images"].shape
     assert names["drawn"].shape == (1, 3, 64, 64)
     assert torch.isfinite(names["loss"])
+    assert names["features"].shape[-2:] == names["latents"].shape[-2:]
 
 
 def test_the_first_example_is_ten_lines():

@@ -3,6 +3,7 @@
 from psvae.autoencoders.outputs import DecoderOutput, EncoderOutput, PixelVAEOutput, PSVAEOutput
 from psvae.autoencoders.pixel_vae import PixelVAE, PixelVAEConfig
 from psvae.autoencoders.psvae import PSVAE, PSVAEConfig
+from psvae.autoencoders.reals import ReaLS, load_reals, save_reals
 
 __all__ = [
     "PSVAE",
@@ -13,4 +14,7 @@ __all__ = [
     "PixelVAE",
     "PixelVAEConfig",
     "PixelVAEOutput",
+    "ReaLS",
+    "load_reals",
+    "save_reals",
 ]

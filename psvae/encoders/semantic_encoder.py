@@ -90,11 +90,14 @@ class EncoderTokens(NamedTuple):
         features: ``B D h w``, after the final norm.
         pre_norm: ``B D h w``, before it.
         global_token: ``B D``, the normed CLS token, or the mean of the normed patch tokens where there is none.
+        pre_norm_cls: ``B D``, the CLS token before the norm, which DINOv2's depth heads read beside ``pre_norm``; None
+            where there is none, as in SigLIP.
     """
 
     features: Features
     pre_norm: Features
     global_token: Float[Tensor, "B D"]
+    pre_norm_cls: Float[Tensor, "B D"] | None
 
 
 class SemanticEncoder(nn.Module, HubMixin):
@@ -155,7 +158,7 @@ class SemanticEncoder(nn.Module, HubMixin):
 
         Args:
             images: ``B 3 H W`` in [-1, 1].
-            return_all: return `EncoderTokens`: also the pre-norm features and the global token.
+            return_all: return `EncoderTokens`: also the global token, and both before the norm.
 
         Raises:
             ShapeError: wrong rank, channels or size, or NaN. DtypeError: integer images.
@@ -177,11 +180,9 @@ class SemanticEncoder(nn.Module, HubMixin):
         features = _to_map(tokens, height)
         if not return_all:
             return features
-        if prefix is not None and self.vit.cls_token is not None:
-            global_token = self.vit.norm(prefix[:, 0])
-        else:
-            global_token = tokens.mean(dim=1)
-        return EncoderTokens(features, _to_map(pre_norm, height), global_token)
+        cls = prefix[:, 0] if prefix is not None and self.vit.cls_token is not None else None
+        global_token = tokens.mean(dim=1) if cls is None else self.vit.norm(cls)
+        return EncoderTokens(features, _to_map(pre_norm, height), global_token, cls)
 
     def _preprocess(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         """[-1, 1] → the encoder's own size, mean and std."""

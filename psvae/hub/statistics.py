@@ -1,5 +1,6 @@
 """Latent statistics as other projects keep them, read into a `LatentSpec`."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from psvae.errors import CheckpointError
+from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.reading import read_pickle
+from psvae.hub.writing import write_json
 from psvae.latents import LatentSpec
 
-__all__ = ["RAE_EPS", "load_latent_statistics", "read_statistics"]
+__all__ = ["MEAN_STD", "RAE_EPS", "load_latent_statistics", "pooled_statistics", "read_statistics", "write_mean_std"]
 
+MEAN_STD = "mean_std.json"  # ReaLS: one number each, for all channels
 RAE_EPS = 1e-5  # RAE: (z − mean) / √(var + ε)
 _LAYOUTS = {
     "RAE": {"mean", "var"},
@@ -27,22 +30,22 @@ _LAYOUTS = {
 def load_latent_statistics(
     spec: LatentSpec, file: str | os.PathLike[str], *, eps: float = RAE_EPS, allow_pickle: bool = False
 ) -> str:
-    """Fill ``spec.mean`` and ``spec.std`` from a statistics file of RAE, LightningDiT or REPA-E.
+    """Fill ``spec.mean`` and ``spec.std`` from a statistics file of RAE, LightningDiT, REPA-E or ReaLS.
 
     Args:
-        spec: the model's ``latent_spec``; per channel or per element, as the file is.
-        file: ``.safetensors``, or a pickle where ``allow_pickle``.
+        spec: the model's ``latent_spec``; per channel or per element, as the file is; ReaLS' numbers fill either.
+        file: ``.safetensors``, a pickle where ``allow_pickle``, or ReaLS' ``mean_std.json``.
         eps: RAE's ε, added once, to the variance; the other layouts need none.
 
     Returns:
-        The layout that was recognised: ``"RAE"``, ``"LightningDiT"`` or ``"REPA-E"``.
+        The layout that was recognised: ``"RAE"``, ``"LightningDiT"``, ``"REPA-E"`` or ``"ReaLS"``.
 
     Raises:
         CheckpointError: unreadable, a mixture of layouts, of another shape, or not positive and finite.
     """
     layout, mean, std = read_statistics(file, eps=eps, allow_pickle=allow_pickle)
     wanted = tuple(spec.mean.shape)
-    if tuple(std.shape) != wanted:
+    if layout != "ReaLS" and tuple(std.shape) != wanted:
         grid = tuple(std.shape[1:])
         field = "statistics_grid=None" if grid == (1, 1) else f"statistics_grid={grid}"
         raise CheckpointError(
@@ -58,7 +61,7 @@ def load_latent_statistics(
 def read_statistics(
     file: str | os.PathLike[str], *, eps: float = RAE_EPS, allow_pickle: bool = False
 ) -> tuple[str, Tensor, Tensor]:
-    """(layout, mean, std) of a statistics file; mean and std are ``Z 1 1`` or ``Z h w``, in fp32.
+    """(layout, mean, std) of a statistics file; mean and std are ``Z 1 1`` or ``Z h w``, in fp32; of ReaLS ``1 1 1``.
 
     Raises:
         CheckpointError: as `load_latent_statistics`.
@@ -66,6 +69,8 @@ def read_statistics(
     path = Path(file)
     if not path.is_file():
         raise CheckpointError(f"there is no statistics file {str(path)!r}")
+    if path.suffix == ".json":
+        return "ReaLS", *_mean_std(path)
     content = _load(path, allow_pickle)
     names = set(content)
     layout = next((layout for layout, keys in _LAYOUTS.items() if names == keys), None)
@@ -96,6 +101,49 @@ def read_statistics(
             "one finite shape"
         )
     return layout, mean, std
+
+
+def pooled_statistics(spec: LatentSpec) -> tuple[float, float]:
+    """ReaLS' (mean, std): of all channels and cells taken together.
+
+    Raises:
+        ConfigError: the statistics are still 0 and 1: nothing was measured.
+    """
+    mean, std = spec.mean.double(), spec.std.double()
+    if ((mean == 0) & (std == 1)).all():
+        raise ConfigError(
+            f"the latents' statistics are not measured, so {MEAN_STD} would say nothing; wanted them for the "
+            "generator: psvae.fit_latent_statistics(vae, batches) first"
+        )
+    total = mean.mean()
+    spread = (std.square() + (mean - total).square()).mean().sqrt()
+    return total.item(), spread.item()
+
+
+def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> tuple[float, float]:
+    """Write ReaLS' ``mean_std.json``: one mean and one std, those of all channels and cells taken together.
+
+    Returns:
+        (mean, std) as written.
+
+    Raises:
+        ConfigError: the statistics are still 0 and 1: nothing was measured. CheckpointError: it cannot be written.
+    """
+    mean, std = pooled_statistics(spec)
+    write_json(Path(file), {"mean": mean, "std": std})
+    return mean, std
+
+
+def _mean_std(path: Path) -> tuple[Tensor, Tensor]:
+    """ReaLS' two numbers, each ``1 1 1``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = (torch.tensor(float(content[name])).view(1, 1, 1) for name in ("mean", "std"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f'{path} is not ReaLS\' {{"mean": number, "std": number}}: {error!r}') from error
+    if not mean.isfinite() or not std.isfinite() or std <= 0:
+        raise CheckpointError(f"{path} has mean {mean.item()} and std {std.item()}; wanted finite numbers, std above 0")
+    return mean, std
 
 
 def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:

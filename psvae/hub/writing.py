@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from psvae.hub.cards import MARK
 from psvae.hub.reading import INDEX, WEIGHTS
 from psvae.hub.source import CONFIG
 
-__all__ = ["WEIGHT_PATTERNS", "write_checkpoint", "write_file"]
+__all__ = ["WEIGHT_PATTERNS", "write_checkpoint", "write_file", "write_json"]
 
 WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 _STAGING = ".saving"
@@ -86,9 +86,23 @@ def write_file(path: Path, state: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: it could not be written, or the weights are sharded (FSDP); an older file is as it was.
     """
-    tensors, staged = _plain(state), path.with_name(f"{path.name}{_STAGING}")
+    tensors = _plain(state)
+    _replace(path, lambda staged: save_file(tensors, staged, metadata={"format": "pt"}))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one JSON file in the same way.
+
+    Raises:
+        CheckpointError: it could not be written; an older file is as it was.
+    """
+    _replace(path, lambda staged: staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    staged = path.with_name(f"{path.name}{_STAGING}")
     try:
-        save_file(tensors, staged, metadata={"format": "pt"})
+        write(staged)
         _flush(staged)
         os.replace(staged, path)
     except (OSError, SafetensorError) as error:

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from psvae.shapes import Images
 
-__all__ = ["PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", "generator_hinge_loss"]
+__all__ = [
+    "PatchDiscriminator", "adaptive_weight", "discriminator_hinge_loss", "generator_hinge_loss", "gradient_ratio",
+]  # fmt: skip
 
 
 class PatchDiscriminator(nn.Module):
@@ -67,8 +69,26 @@ def adaptive_weight(
 
     Args:
         last_layer: the weight that both losses reach last, ``decoder.conv_out.weight``. Both graphs are kept.
+        maximum, eps: as in `gradient_ratio`; LDM's.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (of_generator,) = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)
-    ratio = of_reconstruction.float().norm() / (of_generator.float().norm() + eps)
+    return gradient_ratio(of_reconstruction, of_generator, maximum=maximum, eps=eps)
+
+
+def gradient_ratio(
+    of_reconstruction: Float[Tensor, "..."], of_other: Float[Tensor, "..."], *, maximum: float = 1e8, eps: float = 1e-4
+) -> Float[Tensor, ""]:
+    """‖∇ reconstruction‖ / (‖∇ other‖ + eps), clamped and detached: the weight that makes both pull alike.
+
+    VQGAN balances its adversary so (Esser et al. 2021, eq. 7), VA-VAE its alignment.
+
+    Args:
+        of_reconstruction, of_other: gradients of the two losses at one weight: the last layer of the decoder for an
+            adversary, of the encoder for an alignment.
+        maximum: the ratio is clamped to [0, maximum]. VA-VAE's 1e8 hardly ever binds; LDM clamps its adversary's
+            to 1e4.
+        eps: added to the norm below the line, so that a loss without gradient divides by no 0.
+    """
+    ratio = of_reconstruction.float().norm() / (of_other.float().norm() + eps)
     return ratio.clamp(0.0, maximum).detach()

@@ -92,7 +92,12 @@ def test_every_output_equals_timm(family, grid):
         bare = encoder_like(model, config)(x, return_all=True)
         none = encoder_like(model, family_config(family, final_norm="none"))(x)
     wanted = [as_map(normed, model, grid), as_map(pre_norm, model, grid), global_token]
-    assert_close(affine, wanted)
+    assert_close(affine[:3], wanted)
+    for tokens in (affine, bare):
+        if model.cls_token is None:
+            assert tokens.pre_norm_cls is None
+        else:  # what DINOv2's get_intermediate_layers(norm=False, return_class_token=True) gives
+            assert_close([tokens.pre_norm_cls], [pre_norm[:, 0]])
     assert_close(bare[:2], [as_map(plain, model, grid), as_map(pre_norm, model, grid)])
     assert_close([bare.global_token], [without_affine(global_token, model.norm)])
     assert_close([none], [as_map(pre_norm, model, grid)])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a row of one repetition, and a file that a crash does not lose; the generator's run."""
+"""What the benchmarks share: a row of one repetition, and a file that a crash does not lose; whole runs in small."""
 
 import importlib
 import json
@@ -62,3 +62,28 @@ def test_the_generator_is_measured(group, monkeypatch, tmp_path):
     rows = json.loads(options.json.read_text())["rows"]
     assert len(rows) >= GROUPS[group]
     assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
+
+
+REALS = {"step": 4, "teacher": 4, "alignment": 1}
+
+
+@pytest.mark.parametrize("group", list(REALS))
+def test_reals_is_measured(group, monkeypatch, tmp_path):
+    """The step with all of the figure's terms, by the example's own training: one pass of the teacher in each."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    reals = importlib.import_module("reals")
+    options = reals.Options(
+        json=tmp_path / "rows.json", only=(group,), preset="tiny", dtypes=("fp32",), terms=("all",), latents=(1,),
+        repetitions=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        reals.main(options)
+    rows = json.loads(options.json.read_text())["rows"]
+    assert len(rows) == REALS[group]
+    assert all(math.isfinite(row["value"]) and row["value"] > 0 for row in rows)
+    targets = {row["name"].split(",")[0]: row["target"] for row in rows if row["target"]}
+    assert targets == {
+        "step": {"ReaLS step / plain step": 1.25}, "teacher": {}, "alignment": {"AlignmentNet / PixelVAE.decode": 0.05},
+    }[group]  # fmt: skip
+    shares = [row for row in rows if row["name"].startswith("teacher / ReaLS step")]
+    assert all(row["value"] < 1 and "passes in a step: 1;" in row["note"] for row in shares)

@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from psvae import DeepFusionDiT, DeepFusionDiTConfig, ViTPixelDecoder, ViTPixelDecoderConfig
+from psvae import (
+    AlignmentNet,
+    AlignmentNetConfig,
+    DeepFusionDiT,
+    DeepFusionDiTConfig,
+    ViTPixelDecoder,
+    ViTPixelDecoderConfig,
+)
 from tests.tiny import build, tiny_decoder, tiny_encoder, tiny_pixel_vae, tiny_psvae, tiny_vae
 
 
@@ -32,6 +39,7 @@ BUILDERS = {
     "ViTPixelDecoder": tiny_vit_decoder,
     "PSVAE": tiny_psvae,
     "PixelVAE": tiny_pixel_vae,
+    "AlignmentNet": lambda: build(AlignmentNet, AlignmentNetConfig(8, 24, hidden_dim=64)),
     "DeepFusionDiT": tiny_generator,
 }
 

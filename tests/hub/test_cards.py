@@ -44,6 +44,7 @@ HEADERS = {  # pipeline_tag, tags besides psvae
     "ViTPixelDecoder": (None, []),
     "PSVAE": (FEATURES, ["autoencoder"]),
     "PixelVAE": (None, ["autoencoder"]),
+    "AlignmentNet": ("feature-extraction", []),
     "DeepFusionDiT": ("text-to-image", []),
 }
 

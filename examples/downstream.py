@@ -1,0 +1,483 @@
+"""Segmentation and depth from latents, without training (ReaLS, arXiv 2502.00359, Figure 4).
+
+    python examples/downstream.py --reals outputs/reals --input photographs/ --allow-pickle \\
+        --segmentation dinov2_vitb14_ade20k_linear_head.pth --depth dinov2_vitb14_nyu_linear_head.pth
+    python examples/downstream.py --reals outputs/reals --input generated.npz --normalized \\
+        --segmentation outputs/downstream/head.safetensors
+    python examples/downstream.py --reals outputs/reals --fit-head /data/labelled    # images/ and masks/
+
+Latents, encoded or generated → AlignmentNet → features → heads → masks and depth maps. The heads are DINOv2's own, made
+for its features, or one that `--fit-head` fits on the teacher's features of labelled pictures; neither ever sees a
+latent's features before they are applied. Below `--output`: masks/ as index PNGs, depth/ as .npy in metres,
+downstream.png with picture, mask and depth; of `--fit-head` also head.safetensors, and metrics.json with the mean
+intersection over union on held-out pictures, of the teacher's features and of the latents'.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from checkpoints import write_text
+from data import IMAGE_ENDINGS, UNREADABLE, DataOptions, center_transform, read_image
+from heads import DepthHead, SegmentationHead, fit_segmentation_head, read_head, save_head
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from sampling import plain_errors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchvision.transforms import InterpolationMode, v2
+from train_reals import Options as TrainingOptions
+from train_reals import build_teacher
+
+from psvae import AlignmentNet, PixelVAE, SemanticEncoder, load_reals
+from psvae.shapes import check_map
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LATENT_ENDINGS = {".npz", ".safetensors"}
+INDEX_MODES = {"1", "L", "P", "I", "I;16"}  # of PIL: one number per pixel
+Tokens = Literal["normed", "pre_norm"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Masks and depth maps from latents."""
+
+    reals: str
+    """Folder or Hub id that `load_reals` reads."""
+    input: Path | None = None
+    """A picture or latents (.safetensors or .npz, `latents` N Z h w), or a folder of either. None, with --fit-head:
+    its held-out pictures."""
+    segmentation: Path | None = None
+    """A linear segmentation head: DINOv2's file, or one that --fit-head left."""
+    depth: Path | None = None
+    """A linear depth head of DINOv2."""
+    fit_head: Path | None = None
+    """Labelled folder: images/ and masks/ of the same names, masks as index PNGs."""
+    allow_pickle: bool = False
+    """Read .pth heads, by PyTorch's restricted unpickler."""
+    normalized: bool = False
+    """The latents of --input are as a generator makes them, normalised by mean_std.json; else raw, as cached ones."""
+    teacher: str | None = None
+    """A timm name, or a folder saved by psvae; None takes that of train_reals.py's options.json. For --fit-head, and
+    for the final norm where a head reads normed tokens and the latents were aligned with others."""
+    teacher_features: Tokens | None = None
+    """What the latents were aligned with; None takes that of options.json."""
+    max_depth: float | None = None
+    """Metres; None: 10 where the depth head's file is named nyu, 80 where kitti."""
+    size: int = 256
+    """Pictures are resized on their short side and centre-cropped to this."""
+    classes: int | None = None
+    """In the masks of --fit-head; None counts them."""
+    ignore: int = 255
+    """Number in the masks that is no class."""
+    held_out: int = 5
+    """One labelled picture in so many is not fitted to, and measured. Drawn by the seed: classes may come in turn."""
+    steps: int = 2000
+    """Of fitting. DINOv2's heads took 40 000."""
+    lr: float = 1e-3
+    """Of fitting, as of DINOv2's heads."""
+    batch_size: int = 16
+    shown: int = 8
+    """Rows of downstream.png."""
+    workers: int = 4
+    """Loader processes; 0 reads in the program itself."""
+    seed: int = 0
+    output: Path = Path("outputs/downstream")
+
+
+class Item(NamedTuple):
+    """A batch of what is looked at."""
+
+    names: list[str]
+    latents: Tensor
+    pictures: Tensor | None
+    """``B 3 H W`` in [-1, 1]; None where latents came, which are decoded where they are shown."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Latents → what a head reads.
+
+    Attributes:
+        kind: of the tokens that the network was aligned with.
+        norm: the teacher's final one, where it is known.
+    """
+
+    alignment: AlignmentNet
+    kind: Tokens
+    norm: nn.Module | None = None
+
+    def __call__(self, latents: Tensor, wanted: str, normalized: bool = False) -> tuple[Tensor, Tensor]:
+        """Patch features ``B D h w`` and the CLS token ``B D``, both of the wanted kind where that can be."""
+        patches, cls = self.alignment(latents, normalized=normalized)
+        if self.kind == "pre_norm" and wanted == "normed" and self.norm is not None:
+            patches, cls = self.norm(patches.movedim(1, -1)).movedim(-1, 1), self.norm(cls)
+        return patches, cls
+
+    def remark(self, head: SegmentationHead | DepthHead) -> str | None:
+        """Where the head reads other tokens than the latents carry."""
+        what = f"the {type(head).__name__} reads {head.tokens} tokens, the latents were aligned with {self.kind} ones"
+        if self.kind == head.tokens:
+            return None
+        if head.tokens == "pre_norm":
+            return f"{what}: the norm cannot be undone, so expect wrong depths"
+        if self.norm is None:
+            return f"{what}: name the --teacher, so that its final norm is applied to them"
+        return f"{what}: the teacher's final norm is applied to them"
+
+
+class Labelled(Dataset):
+    """(image ``3 H W`` in [-1, 1], mask ``H W`` of class numbers) by place.
+
+    Args:
+        folder: holds images/ and masks/ of the same names.
+        classes: numbers in the masks are below it; None counts them.
+    """
+
+    def __init__(self, folder: Path, size: int, classes: int | None = None, ignore: int = 255) -> None:
+        images, masks = (by_name(folder / part) for part in ("images", "masks"))
+        odd = sorted(set(images) ^ set(masks))
+        if odd or not images:
+            names = f"; without a partner: {', '.join(odd[:5])}{' and more' * (len(odd) > 5)}" if odd else ""
+            raise SystemExit(
+                f"{folder} has {len(images)} pictures in images/ and {len(masks)} in masks/{names}; wanted both, of "
+                "the same names"
+            )
+        self.pairs, self.ignore = [(images[name], masks[name]) for name in images], ignore
+        largest = [self._largest(*pair, classes) for pair in self.pairs]  # all, before a run that one would stop
+        self.classes = classes or 1 + max(largest)
+        self.transform = center_transform(size)
+        cut = {"interpolation": InterpolationMode.NEAREST}
+        self.cut = v2.Compose([v2.Resize(size, **cut), v2.CenterCrop(size)])
+
+    def _largest(self, image: Path, mask: Path, classes: int | None) -> int:
+        numbers = np.asarray(read_mask(mask))
+        with Image.open(image) as picture:
+            wanted = picture.size[::-1]
+        if numbers.shape != wanted:
+            raise SystemExit(f"{mask} has {numbers.shape} pixels (rows, columns); wanted its picture's, {wanted}")
+        labels = [int(label) for label in np.unique(numbers) if label != self.ignore]
+        wrong = [label for label in labels if label < 0 or (classes is not None and label >= classes)]
+        if wrong:
+            numbered = "0 or more" if classes is None else f"0 to {classes - 1}"
+            raise SystemExit(
+                f"{mask} has the label {wrong[0]}; wanted {numbered}, or {self.ignore} for no class: see --classes and "
+                "--ignore"
+            )
+        return max(labels, default=0)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.pairs[place]
+        return self.transform(read_image(image)), torch.from_numpy(
+            np.asarray(self.cut(read_mask(mask))).astype(np.int64)
+        )
+
+
+def by_name(folder: Path) -> dict[str, Path]:
+    """The pictures below a folder, by their relative paths without the ending, in order."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
+
+
+def read_mask(file: Path) -> Image.Image:
+    """One number per pixel."""
+    with Image.open(file) as mask:
+        if mask.mode not in INDEX_MODES:
+            raise SystemExit(f"{file} has colours (mode {mask.mode}); wanted an index PNG, one class number per pixel")
+        return mask.copy()
+
+
+# Fitting
+
+
+def features_of(encode: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(features, masks) of (images, masks)."""
+    for images, masks in batches:
+        with torch.no_grad():
+            features = encode(images)
+        yield features, masks
+
+
+def split(count: int, options: Options) -> tuple[list[int], list[int]]:
+    """Places to fit to and places to hold out; the same for the same number of pictures and seed."""
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    held_out = count // options.held_out
+    return sorted(drawn[held_out:]), sorted(drawn[:held_out])
+
+
+def fit(
+    labelled: Labelled, teacher: SemanticEncoder, latent_features: Callable[[Tensor], Tensor], options: Options
+) -> tuple[SegmentationHead, list[Path], dict[str, float]]:
+    """A head of the teacher's features; the held-out pictures, and how well it does there on either's features."""
+    fitted, held_out = split(len(labelled), options)
+    if not held_out:
+        raise SystemExit(
+            f"{options.fit_head} has {len(labelled)} labelled pictures, too few to hold out one in {options.held_out}"
+        )
+    loading = {"batch_size": options.batch_size, "num_workers": options.workers}
+    torch.manual_seed(options.seed)
+    order = torch.Generator().manual_seed(options.seed)
+    shuffled = DataLoader(Subset(labelled, fitted), shuffle=True, generator=order, **loading)
+    head = fit_segmentation_head(
+        features_of(on(teacher), chain.from_iterable(repeat(shuffled))), teacher.feature_dim, labelled.classes,
+        options.steps, options.lr, options.ignore, teacher.mean.device,
+    )  # fmt: skip
+    rest = DataLoader(Subset(labelled, held_out), **loading)
+    scores = {
+        "miou_teacher": mean_iou(head, features_of(on(teacher), rest), labelled),
+        "miou_latents": mean_iou(head, features_of(latent_features, rest), labelled),
+    }
+    scores |= {"classes": labelled.classes, "fitted": len(fitted), "held_out": len(held_out)}
+    return head, [labelled.pairs[place][0] for place in held_out], scores
+
+
+def on(teacher: SemanticEncoder) -> Callable[[Tensor], Tensor]:
+    return lambda images: teacher(images.to(teacher.mean.device))
+
+
+@torch.no_grad()
+def mean_iou(head: SegmentationHead, batches: Iterable[tuple[Tensor, Tensor]], labelled: Labelled) -> float:
+    """Over the classes that are in the masks or in what is said of them."""
+    metric = MulticlassJaccardIndex(labelled.classes, ignore_index=labelled.ignore)
+    for features, masks in batches:
+        metric.update(head(features, tuple(masks.shape[-2:])).argmax(dim=1).cpu(), masks)
+    return float(metric.compute())
+
+
+def load_teacher(name: str, vae: PixelVAE, alignment: AlignmentNet) -> SemanticEncoder:
+    """As in training: its own final norm, one token for each alignment feature."""
+    merge = alignment.config.merge
+    fitting = DataOptions("", size=alignment.config.stride * merge)  # this program's sizes the teacher checks itself
+    teacher = build_teacher(TrainingOptions(fitting, teacher=name, merge=merge), vae)
+    if teacher.feature_dim != alignment.config.feature_dim:
+        raise SystemExit(
+            f"the teacher {name} gives features of width {teacher.feature_dim} and the alignment network of "
+            f"{alignment.config.feature_dim}; wanted the teacher that the latents were aligned with"
+        )
+    return teacher
+
+
+# What is looked at
+
+
+def items(path: Path, vae: PixelVAE, options: Options) -> Iterator[Item]:
+    """Batches of a picture, of latents, or of a folder of either."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = {
+        kind: [file for file in files if file.suffix.lower() in endings]
+        for kind, endings in (("latents", LATENT_ENDINGS), ("pictures", IMAGE_ENDINGS))
+    }
+    if bool(found["latents"]) == bool(found["pictures"]):
+        counts = " and ".join(f"{len(found[kind])} files of {kind}" for kind in found)
+        raise SystemExit(
+            f"{path} holds {counts}; wanted one of the two: {', '.join(sorted(LATENT_ENDINGS))}, or "
+            f"{', '.join(sorted(IMAGE_ENDINGS))}"
+        )
+    root = path.parent if path.is_file() else path
+    if found["pictures"]:
+        yield from encoded(found["pictures"], root, vae, options)
+    for file in found["latents"]:
+        latents, stem = read_latents(file, vae), file.relative_to(root).with_suffix("").as_posix()
+        for start in range(0, len(latents), options.batch_size):
+            part = latents[start : start + options.batch_size]
+            yield Item([f"{stem}_{start + place:06d}" for place in range(len(part))], part.to(vae.device), None)
+
+
+def encoded(files: list[Path], root: Path, vae: PixelVAE, options: Options) -> Iterator[Item]:
+    """Pictures and the means of their latents."""
+    transform = center_transform(options.size)
+    for start in range(0, len(files), options.batch_size):
+        pictures: dict[str, Tensor] = {}
+        for file in files[start : start + options.batch_size]:
+            try:
+                pictures[file.relative_to(root).with_suffix("").as_posix()] = transform(read_image(file))
+            except UNREADABLE as error:
+                print(f"{file} cannot be read and is left out ({error})")
+        if pictures:
+            batch = torch.stack(list(pictures.values())).to(vae.device)
+            yield Item(list(pictures), vae.encode(batch).latent_dist.mode(), batch)
+
+
+def read_latents(file: Path, vae: PixelVAE) -> Tensor:
+    """``N Z h w`` in fp32: the array named latents, or the only one of an .npz."""
+    try:
+        if file.suffix == ".safetensors":
+            content: dict[str, Any] = load_file(file)
+        else:
+            with np.load(file, allow_pickle=False) as arrays:
+                content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise SystemExit(f"{file} cannot be read: {error}") from error
+    only = next(iter(content.values())) if file.suffix == ".npz" and len(content) == 1 else None
+    latents = content.get("latents", only)
+    if latents is None:
+        names = ", ".join(list(content)[:6]) + ", ..." * (len(content) > 6)
+        raise SystemExit(f"{file} holds {names or 'nothing'}; wanted an array named latents, N Z h w")
+    if not latents.is_floating_point():
+        raise SystemExit(f"{file} holds {latents.dtype} of shape {tuple(latents.shape)}, no latents; wanted N Z h w")
+    with plain_errors():
+        check_map(latents, vae.latent_spec.channels, f"the latents of {file}")
+    return latents.float()
+
+
+# What comes out
+
+
+@torch.no_grad()
+def apply(
+    found: Iterable[Item], vae: PixelVAE, reader: Reader, heads: list[SegmentationHead | DepthHead], options: Options
+) -> int:
+    """Write masks and depth maps, and the picture of the first; returns how many there were."""
+    rows: list[dict[str, np.ndarray]] = []
+    count = 0
+    for names, latents, pictures in found:
+        normalized = options.normalized and pictures is None
+        stride = vae.latent_spec.stride
+        size = (latents.shape[-2] * stride, latents.shape[-1] * stride)
+        maps: dict[str, np.ndarray] = {}
+        for head in heads:
+            patches, cls = reader(latents, head.tokens, normalized)
+            if isinstance(head, DepthHead):
+                maps["depth"] = head(patches, cls, size).cpu().numpy()
+            else:
+                maps["mask"] = head(patches, size).argmax(dim=1).cpu().numpy()
+        for place, name in enumerate(names):
+            if "mask" in maps:
+                kind = np.uint8 if maps["mask"].max() < 256 else np.uint16
+                Image.fromarray(maps["mask"][place].astype(kind)).save(new(options.output / "masks" / f"{name}.png"))
+            if "depth" in maps:
+                np.save(new(options.output / "depth" / f"{name}.npy"), maps["depth"][place])
+        wanted = max(0, options.shown - count)
+        if wanted:
+            if pictures is None:
+                raw = latents[:wanted]
+                raw = vae.latent_spec.denormalize(raw) if normalized else raw
+                pictures = vae.decode(raw).sample
+            shown = (pictures[:wanted].float().clamp(-1, 1) * 0.5 + 0.5).movedim(1, -1).cpu().numpy()
+            rows += [
+                {"picture": picture, **{name: values[place] for name, values in maps.items()}}
+                for place, picture in enumerate(shown)
+            ]
+        count += len(names)
+    if rows:
+        save_figure(rows, new(options.output / "downstream.png"))
+    return count
+
+
+def new(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def save_figure(rows: list[dict[str, np.ndarray]], path: Path) -> None:
+    """One row per picture; columns picture, mask, depth, as in the paper's Figure 4."""
+    colours = matplotlib.colormaps["tab20"]
+    depths = [row["depth"] for row in rows if "depth" in row]
+    scale = {"vmin": min(d.min() for d in depths), "vmax": max(d.max() for d in depths)} if depths else {}
+    high, wide = len(rows), len(rows[0])
+    figure, axes = plt.subplots(high, wide, figsize=(2.4 * wide, 2.4 * high + 0.3), squeeze=False, layout="constrained")
+    for row, line in zip(rows, axes, strict=True):
+        for (name, values), axis in zip(row.items(), line, strict=True):
+            if name == "depth":
+                drawn = axis.imshow(values, cmap="magma_r", **scale)
+            else:
+                axis.imshow(colours(values % 20) if name == "mask" else values)
+            axis.axis("off")
+    for name, axis in zip(rows[0], axes[0], strict=True):
+        axis.set_title(name)
+    if depths:
+        figure.colorbar(drawn, ax=axes[:, -1], shrink=0.8, label="metres")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def remembered(options: Options) -> tuple[Tokens | None, str | None]:
+    """(kind of tokens, teacher): as asked for, else as train_reals.py wrote them beside vae/ and alignment/."""
+    file = Path(options.reals) / "options.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kind = options.teacher_features or before.get("teacher_features")
+    return kind, options.teacher or before.get("teacher")
+
+
+def check(options: Options) -> None:
+    """Stop before anything is loaded where nothing could be done."""
+    for name, least in (("batch_size", 1), ("held_out", 2), ("steps", 1), ("size", 1), ("shown", 0), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least {least}")
+    if options.segmentation and options.fit_head:
+        raise SystemExit("--segmentation is a head and --fit-head makes one; wanted one of them")
+    if not (options.segmentation or options.depth or options.fit_head):
+        raise SystemExit("no head came; wanted --segmentation, --depth or --fit-head")
+    if options.input is None and not options.fit_head:
+        raise SystemExit("nothing to look at came; wanted --input, pictures or latents")
+    if options.input is not None and not options.input.exists():
+        raise SystemExit(f"there is no --input {options.input}")
+
+
+def main(options: Options) -> dict[str, float]:
+    """Returns the measures of --fit-head."""
+    check(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, name = remembered(options)
+    if kind is None:
+        kind = "normed"
+        print(f"{options.reals} does not say what its latents were aligned with; taken: {kind} (--teacher-features)")
+    scores: dict[str, float] = {}
+    with plain_errors():
+        vae, alignment = load_reals(options.reals, device=device)
+        alignment = alignment.requires_grad_(False)
+        vae = vae.requires_grad_(False)
+        width = alignment.config.feature_dim
+        heads: list[Any] = []
+        for file, expected in ((options.segmentation, SegmentationHead), (options.depth, DepthHead)):
+            if file is not None:
+                head = read_head(file, width, allow_pickle=options.allow_pickle, max_depth=options.max_depth)
+                if not isinstance(head, expected):
+                    raise SystemExit(f"{file} holds a {type(head).__name__}; wanted a {expected.__name__}")
+                heads.append(head.to(device))
+        teacher = None
+        if options.fit_head or (options.segmentation and kind == "pre_norm" and name):
+            if name is None:
+                raise SystemExit("--fit-head needs the --teacher that the latents were aligned with")
+            teacher = load_teacher(name, vae, alignment).to(device)
+        reader = Reader(alignment, kind, None if teacher is None else teacher.vit.norm)
+        look_at: Callable[[], Iterator[Item]] = partial(items, options.input, vae, options)
+        if options.fit_head:
+            labelled = Labelled(options.fit_head, options.size, options.classes, options.ignore)
+
+            def latent_features(images: Tensor) -> Tensor:
+                return reader(vae.encode(images.to(device)).latent_dist.mode(), SegmentationHead.tokens)[0]
+
+            head, held_out, scores = fit(labelled, teacher, latent_features, options)
+            heads.insert(0, head)
+            save_head(head, new(options.output / "head.safetensors"))
+            write_text(options.output / "metrics.json", json.dumps(scores, indent=2) + "\n")
+            print(", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            if options.input is None:
+                look_at = partial(encoded, held_out, options.fit_head / "images", vae, options)
+        for head in heads:
+            remark = reader.remark(head)
+            if remark:
+                print(remark)
+        count = apply(look_at(), vae, reader, heads, options)
+    print(f"{count} pictures: {options.output}")
+    return scores
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

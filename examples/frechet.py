@@ -1,0 +1,208 @@
+"""How far pictures are from a reference: FID and its kin where Inception is, else a distance in a named encoder.
+
+    python examples/frechet.py --samples outputs/sit-50k.npz --reference VIRTUAL_imagenet256_labeled.npz \
+        --inception weights-inception-2015-12-05-6726825d.pth
+    python examples/frechet.py --samples outputs/sit.npz --reference /data/val --encoder outputs/teacher
+
+FID, sFID, Inception score, precision and recall need torch-fidelity and its Inception weights. They are those of ADM's
+evaluator (openai/guided-diffusion, evaluations/evaluator.py) but for one thing: they compare with the pictures of the
+reference, and ADM's FID and sFID with the statistics of all of ImageNet, where the reference holds them too.
+
+Without Inception it says so, and measures the Fréchet distance between the features of `--encoder`, averaged over each
+picture. That number is comparable with others of the same encoder alone, and is no FID.
+"""
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from checkpoints import write_text
+from data import IMAGE_ENDINGS, center_transform, read_image
+from sampling import plain_errors
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from psvae import SemanticEncoder
+
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
+SPATIAL_CHANNELS = 7  # of ADM's sFID
+NEIGHBOURS = 3  # of ADM's precision and recall
+SCORED = 5000  # pictures of each of the Inception scores that ADM averages, in their order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare."""
+
+    samples: str
+    """An .npz with arr_0, uint8 N H W 3, as sample_sit.py writes it, or a folder of images."""
+    reference: str
+    """The same. Pictures of a folder are centre-cropped to the samples' size."""
+    encoder: str | None = None
+    """Folder or Hub id of a SemanticEncoder."""
+    inception: Path | None = None
+    """torch-fidelity's Inception weights; None looks where torch-fidelity keeps them."""
+    size: int = 256
+    """Of pictures of folders, where `samples` is a folder too."""
+    batch_size: int = 64
+    workers: int = 4
+    output: Path | None = None
+    """JSON file for the numbers."""
+
+
+class Pictures(Dataset):
+    """uint8 3 H W, of an .npz or a folder."""
+
+    def __init__(self, source: str, size: int) -> None:
+        self.files: list[Path] = []
+        self.crop = center_transform(size)
+        if Path(source).is_dir():
+            self.files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+            self.array = np.empty((0, size, size, 3), np.uint8)
+        else:
+            self.array = read_npz(source)
+        if len(self) < 2:
+            raise SystemExit(f"{source} holds {len(self)} pictures; wanted two or more")
+
+    def __len__(self) -> int:
+        return len(self.files) or len(self.array)
+
+    def __getitem__(self, place: int) -> Tensor:
+        if self.files:
+            return (self.crop(read_image(self.files[place])) * 127.5 + 127.5).round().byte()
+        return torch.from_numpy(self.array[place]).permute(2, 0, 1)
+
+
+def read_npz(source: str) -> np.ndarray:
+    """``arr_0``, uint8 N H W 3."""
+    try:
+        with np.load(source) as content:
+            array = content["arr_0"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{source} is no folder, and no .npz with arr_0: {error}") from error
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise SystemExit(f"{source} holds {array.dtype} of shape {array.shape}; wanted uint8, N H W 3")
+    return array
+
+
+@torch.no_grad()
+def features_of(pictures: Dataset, read: Callable[[Tensor], Tensor], options: Options, device: torch.device) -> Tensor:
+    """``N D`` in float64: what ``read`` says of uint8 batches."""
+    loader = DataLoader(pictures, options.batch_size, num_workers=options.workers)
+    return torch.cat([read(batch.to(device)).double().cpu() for batch in loader])
+
+
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """|μ₁ − μ₂|² + Tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) of the Gaussians with the mean and covariance of features, ``N D``."""
+    first, second = first.double(), second.double()
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise SystemExit("the features hold NaN or infinity; wanted finite ones: look at the pictures and the encoder")
+    centred = [(rows - rows.mean(0)) / math.sqrt(len(rows) - 1) for rows in (first, second)]
+    one, two = (torch.linalg.qr(rows, mode="r").R for rows in centred)  # Σ = Rᵀ R
+    between = torch.linalg.svdvals(one @ two.T).sum()  # the singular values of R₁ R₂ᵀ are the roots of Σ₁ Σ₂'s values
+    spread = one.square().sum() + two.square().sum() - 2 * between
+    return max(0.0, float((first.mean(0) - second.mean(0)).square().sum() + spread))
+
+
+def warned_distance(first: Tensor, second: Tensor) -> float:
+    """`frechet_distance`, and a word where the pictures are too few for it."""
+    count, width = min(len(first), len(second)), first.shape[1]
+    if count <= width:
+        print(
+            f"{count} pictures for {width} features: the distance is biased upwards; wanted many more", file=sys.stderr
+        )
+    return frechet_distance(first, second)
+
+
+def encoder_measures(samples: Dataset, reference: Dataset, options: Options, device: torch.device) -> dict[str, Any]:
+    """The Fréchet distance in a SemanticEncoder's features, and whose they are."""
+    with plain_errors():
+        encoder = SemanticEncoder.from_pretrained(options.encoder, device=device).requires_grad_(False).eval()
+        found = [
+            features_of(
+                pictures, lambda batch: encoder(batch.float() / 127.5 - 1).float().mean((2, 3)), options, device
+            )
+            for pictures in (reference, samples)
+        ]
+    return {"frechet_distance": warned_distance(*found), "features": f"{options.encoder}, mean over the grid"}
+
+
+def inception_measures(
+    samples: Dataset, reference: Dataset, weights: Path, options: Options, device: torch.device
+) -> dict[str, float]:
+    """By torch-fidelity's Inception, score and manifolds; one pass over the pictures."""
+    if min(len(samples), len(reference)) <= NEIGHBOURS:
+        raise SystemExit(
+            f"{len(samples)} pictures came, and {len(reference)} as the reference; precision and recall go by the "
+            f"{NEIGHBOURS} nearest others: wanted more of each"
+        )
+    parts = ("feature_extractor_inceptionv3", "metric_isc", "metric_prc")
+    inception, score, manifold = (importlib.import_module(f"torch_fidelity.{part}") for part in parts)
+    layers = ["2048", "logits_unbiased"]
+    network = inception.FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights)).to(device)
+    # ADM takes mixed_6/conv of TensorFlow's graph after its ReLU: the block's first branch, so its first channels
+    seen: list[Tensor] = []
+    network.Mixed_6d.register_forward_hook(
+        lambda _module, _inputs, maps: seen.append(maps[:, :SPATIAL_CHANNELS].flatten(1))
+    )
+
+    def read(batch: Tensor) -> Tensor:
+        return torch.cat([*network(batch), seen.pop()], dim=1)
+
+    sizes = (2048, network.fc.out_features, SPATIAL_CHANNELS * 17 * 17)
+    found = (features_of(pictures, read, options, device).split(sizes, dim=1) for pictures in (reference, samples))
+    (real, _, real_maps), (made, logits, made_maps) = found
+    scores = score.isc_features_to_metric(logits, splits=math.ceil(len(logits) / SCORED), shuffle=False)
+    shares = manifold.prc_features_to_metric(
+        made.float(), real.float(), prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+    )
+    return {
+        "fid": frechet_distance(real, made), "sfid": frechet_distance(real_maps, made_maps),
+        "is": scores["inception_score_mean"], "precision": shares["precision"], "recall": shares["recall"],
+    }  # fmt: skip
+
+
+def why_no_inception(weights: Path) -> str:
+    """In words; empty where it is there."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        return "torch-fidelity is not installed (pip install 'torch-fidelity>=0.4')"
+    return "" if weights.is_file() else f"there are no Inception weights at {weights}"
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Measure; returns the numbers."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = options.inception or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+    absent = why_no_inception(weights)
+    if absent:
+        print(f"no FID, sFID, Inception score, precision and recall: {absent}")
+        if options.encoder is None:
+            raise SystemExit("nothing to measure with: pass --encoder, a SemanticEncoder, or bring Inception")
+    samples = Pictures(options.samples, options.size)
+    side = samples[0].shape[-1]
+    reference = Pictures(options.reference, side)
+    if reference[0].shape != samples[0].shape:
+        raise SystemExit(f"samples are {tuple(samples[0].shape)}, the reference {tuple(reference[0].shape)}")
+    numbers: dict[str, Any] = {"samples": len(samples), "reference": len(reference)}
+    if not absent:
+        numbers |= inception_measures(samples, reference, weights, options, device)
+    if options.encoder is not None:
+        numbers |= encoder_measures(samples, reference, options, device)
+    text = json.dumps(numbers, indent=2)
+    print(text)
+    if options.output is not None:
+        write_text(options.output, text + "\n")
+    return numbers
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
