@@ -31,7 +31,7 @@ from sit import STATISTICS, check_classes, guided_velocity, load_sit
 from torch import Tensor
 from tqdm import tqdm
 
-from psvae import PSVAE, PixelVAE, flow
+from psvae import flow
 
 Solver = Literal["sde", "euler", "heun"]
 
@@ -113,22 +113,6 @@ class Sampler:
         if options.balanced:
             return number % classes
         return int(torch.randint(classes, (), generator=generator_of(options.seed, number, "class")))
-
-
-@torch.no_grad()
-def generate(
-    model: DiTTransformer2DModel,
-    vae: PSVAE | PixelVAE,
-    classes: Tensor,
-    sigmas: Tensor,
-    guidance: flow.Guidance,
-    solver: Solver,
-    diffusion: float,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Pictures ``B 3 H W`` in [-1, 1], of `generate_latents`."""
-    with plain_errors():
-        return decode(vae, generate_latents(model, classes, sigmas, guidance, solver, diffusion, generators))
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ from checkpoints import (
 from data import Order
 from diffusers import DiTTransformer2DModel
 from labelled import Batch, Cached, LabelledOptions, collate, count_classes, open_data
-from sample_sit import generate, schedule
-from sampling import generator_of, load_measured_vae, plain_errors, scale_latents
+from sample_sit import generate_latents, schedule
+from sampling import decode, generator_of, load_measured_vae, plain_errors, scale_latents
 from sit import build_sit, save_sit, velocity
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -262,7 +262,9 @@ class Training:
         for scale in (1.0, self.options.guidance):
             noise = [generator_of(self.options.seed, number) for number in range(count)]
             sigmas = schedule("euler", 50, shift=self.options.shift)
-            rows.append(generate(model, self.vae, shown, sigmas, flow.Guidance(scale), "euler", 0.0, noise))
+            latents = generate_latents(model, shown, sigmas, flow.Guidance(scale), "euler", 0.0, noise)
+            with torch.no_grad(), plain_errors():
+                rows.append(decode(self.vae, latents))
         path = self.options.output / "samples" / f"step{self.step:07d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat(rows).cpu() / 2 + 0.5, path, nrow=count)

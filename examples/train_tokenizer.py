@@ -124,7 +124,7 @@ class Options:
     keep_checkpoints: int = 2
     validate_every: int = 2000
     validation: str | None = None
-    """Images of the same kind as the data to validate on; without it and `validation_split`, the first ones of the
+    """Images of the same kind as the data to validate on; without it and `validation_split`, some of the
     training data, and every number is marked so."""
     validation_split: str | None = None
     """Split of a Hugging Face dataset to validate on."""
