@@ -57,7 +57,7 @@ class Options:
     """Of all steps and pictures; 1 is at most 25 minutes on two cores."""
     train_pictures: int = 8000
     test_pictures: int = 1000
-    teacher_steps: int = 1300
+    teacher_steps: int = 1000
     vae_steps: int = 3000
     sit_steps: int = 2000
     seed: int = 0
@@ -160,10 +160,10 @@ def prepare(options: Options) -> Path:
 
 
 def drawn(split: str, number: int) -> Iterator[tuple[Image.Image, str, Image.Image]]:
-    """One thing of any colour, anywhere, before any background; its class is its shape."""
+    """One thing of any colour, on one of nine places, before any background; its class is its shape."""
     for seed in range(number):
         rng = random.Random(f"reals {split} {seed}")
-        thing = place(rng, rng.choice(list(scenes.COLOURS)), rng.choice(SHAPES), step=4)
+        thing = place(rng, rng.choice(list(scenes.COLOURS)), rng.choice(SHAPES), step=16)
         scene = scenes.Scene((thing,), background(rng))
         picture = to_pil_image(scenes.draw(scene) * 0.5 + 0.5).resize((SIDE, SIDE), Image.Resampling.BOX)
         mask = Image.fromarray(scenes.class_map(scene).numpy().astype(np.uint8))

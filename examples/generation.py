@@ -14,7 +14,7 @@ import numpy as np
 import sample_sit
 import torch
 import train_sit
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from cache_latents import CachedLatents, Images
 from checkpoints import accelerator_for
 from frechet import warned_distance
@@ -54,7 +54,8 @@ def generate(options: Options) -> Tensor:
 
     All processes call it and share the work.
     """
-    processes, vae, latents = PartialState().num_processes, str(options.vae), options.output / "latents"
+    processes = Accelerator(mixed_precision=options.mixed_precision).num_processes  # a program's first decides for all
+    vae, latents = str(options.vae), options.output / "latents"
     model, made = options.output / "sit", options.output / "samples"
     if not (model / "model" / STATISTICS).exists():  # which is written last
         cache_latents.main(

@@ -1,6 +1,7 @@
 """`make reals` in a few steps: the whole path runs, measures itself, and goes on where it stopped."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from psvae import load_reals
-from tests.examples.generator_world import script
+from tests.examples.generator_world import fresh_accelerator, script
 
 MEASURED = {
     "psnr", "ssim", "patch_cosine", "cls_cosine", "latent_std", "active_channels", "linear_probe", "knn",
@@ -50,6 +51,11 @@ def test_compares_and_resumes(compare, tmp_path, capsys):
     assert weights(tmp_path) == before
     for part in ("judge_accuracy", "plain", "reals", "segmentation"):
         assert again[part] == table[part]
+
+    shutil.rmtree(tmp_path / "plain" / "sit")  # as if killed there, and gone on with in a new process
+    (tmp_path / "plain" / "samples.npz").unlink()
+    fresh_accelerator()
+    assert compare.main(compare.Options(output=tmp_path, resume=True, **TINY))["plain"] == table["plain"]
 
     with pytest.raises(SystemExit, match="--resume goes on with it"):
         compare.main(compare.Options(output=tmp_path, **TINY))
