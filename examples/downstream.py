@@ -25,16 +25,15 @@ import numpy as np
 import torch
 import tyro
 from checkpoints import write_text
-from data import IMAGE_ENDINGS, UNREADABLE, DataOptions, center_transform, read_image
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
 from fitting import Labelled, fit
 from heads import DepthHead, SegmentationHead, read_head, save_head
 from PIL import Image
+from reals_models import build_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sampling import plain_errors
 from torch import Tensor, nn
-from train_reals import Options as TrainingOptions
-from train_reals import build_teacher
 
 from psvae import AlignmentNet, PixelVAE, SemanticEncoder, load_reals
 from psvae.shapes import check_map
@@ -137,8 +136,8 @@ class Reader:
 def load_teacher(name: str, vae: PixelVAE, alignment: AlignmentNet) -> SemanticEncoder:
     """As in training: its own final norm, one token for each alignment feature."""
     merge = alignment.config.merge
-    fitting = DataOptions("", size=alignment.config.stride * merge)  # this program's sizes the teacher checks itself
-    teacher = build_teacher(TrainingOptions(fitting, teacher=name, merge=merge), vae)
+    fitting = alignment.config.stride * merge  # this program's sizes the teacher checks itself
+    teacher = build_teacher(name, vae, fitting, merge)
     if teacher.feature_dim != alignment.config.feature_dim:
         raise SystemExit(
             f"the teacher {name} gives features of width {teacher.feature_dim} and the alignment network of "
