@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,18 +25,15 @@ import numpy as np
 import torch
 import tyro
 from checkpoints import write_text
-from data import IMAGE_ENDINGS, UNREADABLE, DataOptions, center_transform, read_image
-from heads import DepthHead, SegmentationHead, fit_segmentation_head, read_head, save_head
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
+from fitting import Labelled, fit
+from heads import DepthHead, SegmentationHead, read_head, save_head
 from PIL import Image
+from reals_models import build_teacher
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sampling import plain_errors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchmetrics.classification import MulticlassJaccardIndex
-from torchvision.transforms import InterpolationMode, v2
-from train_reals import Options as TrainingOptions
-from train_reals import build_teacher
 
 from psvae import AlignmentNet, PixelVAE, SemanticEncoder, load_reals
 from psvae.shapes import check_map
@@ -46,7 +42,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LATENT_ENDINGS = {".npz", ".safetensors"}
-INDEX_MODES = {"1", "L", "P", "I", "I;16"}  # of PIL: one number per pixel
 Tokens = Literal["normed", "pre_norm"]
 
 
@@ -138,132 +133,11 @@ class Reader:
         return f"{what}: the teacher's final norm is applied to them"
 
 
-class Labelled(Dataset):
-    """(image ``3 H W`` in [-1, 1], mask ``H W`` of class numbers) by place.
-
-    Args:
-        folder: holds images/ and masks/ of the same names.
-        classes: numbers in the masks are below it; None counts them.
-    """
-
-    def __init__(self, folder: Path, size: int, classes: int | None = None, ignore: int = 255) -> None:
-        images, masks = (by_name(folder / part) for part in ("images", "masks"))
-        odd = sorted(set(images) ^ set(masks))
-        if odd or not images:
-            names = f"; without a partner: {', '.join(odd[:5])}{' and more' * (len(odd) > 5)}" if odd else ""
-            raise SystemExit(
-                f"{folder} has {len(images)} pictures in images/ and {len(masks)} in masks/{names}; wanted both, of "
-                "the same names"
-            )
-        self.pairs, self.ignore = [(images[name], masks[name]) for name in images], ignore
-        largest = [self._largest(*pair, classes) for pair in self.pairs]  # all, before a run that one would stop
-        self.classes = classes or 1 + max(largest)
-        self.transform = center_transform(size)
-        cut = {"interpolation": InterpolationMode.NEAREST}
-        self.cut = v2.Compose([v2.Resize(size, **cut), v2.CenterCrop(size)])
-
-    def _largest(self, image: Path, mask: Path, classes: int | None) -> int:
-        numbers = np.asarray(read_mask(mask))
-        with Image.open(image) as picture:
-            wanted = picture.size[::-1]
-        if numbers.shape != wanted:
-            raise SystemExit(f"{mask} has {numbers.shape} pixels (rows, columns); wanted its picture's, {wanted}")
-        labels = [int(label) for label in np.unique(numbers) if label != self.ignore]
-        wrong = [label for label in labels if label < 0 or (classes is not None and label >= classes)]
-        if wrong:
-            numbered = "0 or more" if classes is None else f"0 to {classes - 1}"
-            raise SystemExit(
-                f"{mask} has the label {wrong[0]}; wanted {numbered}, or {self.ignore} for no class: see --classes and "
-                "--ignore"
-            )
-        return max(labels, default=0)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.pairs[place]
-        return self.transform(read_image(image)), torch.from_numpy(
-            np.asarray(self.cut(read_mask(mask))).astype(np.int64)
-        )
-
-
-def by_name(folder: Path) -> dict[str, Path]:
-    """The pictures below a folder, by their relative paths without the ending, in order."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
-
-
-def read_mask(file: Path) -> Image.Image:
-    """One number per pixel."""
-    with Image.open(file) as mask:
-        if mask.mode not in INDEX_MODES:
-            raise SystemExit(f"{file} has colours (mode {mask.mode}); wanted an index PNG, one class number per pixel")
-        return mask.copy()
-
-
-# Fitting
-
-
-def features_of(encode: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, masks) of (images, masks)."""
-    for images, masks in batches:
-        with torch.no_grad():
-            features = encode(images)
-        yield features, masks
-
-
-def split(count: int, options: Options) -> tuple[list[int], list[int]]:
-    """Places to fit to and places to hold out; the same for the same number of pictures and seed."""
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed)).tolist()
-    held_out = count // options.held_out
-    return sorted(drawn[held_out:]), sorted(drawn[:held_out])
-
-
-def fit(
-    labelled: Labelled, teacher: SemanticEncoder, latent_features: Callable[[Tensor], Tensor], options: Options
-) -> tuple[SegmentationHead, list[Path], dict[str, float]]:
-    """A head of the teacher's features; the held-out pictures, and how well it does there on either's features."""
-    fitted, held_out = split(len(labelled), options)
-    if not held_out:
-        raise SystemExit(
-            f"{options.fit_head} has {len(labelled)} labelled pictures, too few to hold out one in {options.held_out}"
-        )
-    loading = {"batch_size": options.batch_size, "num_workers": options.workers}
-    torch.manual_seed(options.seed)
-    order = torch.Generator().manual_seed(options.seed)
-    shuffled = DataLoader(Subset(labelled, fitted), shuffle=True, generator=order, **loading)
-    head = fit_segmentation_head(
-        features_of(on(teacher), chain.from_iterable(repeat(shuffled))), teacher.feature_dim, labelled.classes,
-        options.steps, options.lr, options.ignore, teacher.mean.device,
-    )  # fmt: skip
-    rest = DataLoader(Subset(labelled, held_out), **loading)
-    scores = {
-        "miou_teacher": mean_iou(head, features_of(on(teacher), rest), labelled),
-        "miou_latents": mean_iou(head, features_of(latent_features, rest), labelled),
-    }
-    scores |= {"classes": labelled.classes, "fitted": len(fitted), "held_out": len(held_out)}
-    return head, [labelled.pairs[place][0] for place in held_out], scores
-
-
-def on(teacher: SemanticEncoder) -> Callable[[Tensor], Tensor]:
-    return lambda images: teacher(images.to(teacher.mean.device))
-
-
-@torch.no_grad()
-def mean_iou(head: SegmentationHead, batches: Iterable[tuple[Tensor, Tensor]], labelled: Labelled) -> float:
-    """Over the classes that are in the masks or in what is said of them."""
-    metric = MulticlassJaccardIndex(labelled.classes, ignore_index=labelled.ignore)
-    for features, masks in batches:
-        metric.update(head(features, tuple(masks.shape[-2:])).argmax(dim=1).cpu(), masks)
-    return float(metric.compute())
-
-
 def load_teacher(name: str, vae: PixelVAE, alignment: AlignmentNet) -> SemanticEncoder:
     """As in training: its own final norm, one token for each alignment feature."""
     merge = alignment.config.merge
-    fitting = DataOptions("", size=alignment.config.stride * merge)  # this program's sizes the teacher checks itself
-    teacher = build_teacher(TrainingOptions(fitting, teacher=name, merge=merge), vae)
+    fitting = alignment.config.stride * merge  # this program's sizes the teacher checks itself
+    teacher = build_teacher(name, vae, fitting, merge)
     if teacher.feature_dim != alignment.config.feature_dim:
         raise SystemExit(
             f"the teacher {name} gives features of width {teacher.feature_dim} and the alignment network of "
@@ -463,7 +337,10 @@ def main(options: Options) -> dict[str, float]:
             def latent_features(images: Tensor) -> Tensor:
                 return reader(vae.encode(images.to(device)).latent_dist.mode(), SegmentationHead.tokens)[0]
 
-            head, held_out, scores = fit(labelled, teacher, latent_features, options)
+            head, held_out, scores = fit(
+                labelled, teacher, latent_features, one_in=options.held_out, steps=options.steps, lr=options.lr,
+                batch_size=options.batch_size, workers=options.workers, seed=options.seed,
+            )  # fmt: skip
             heads.insert(0, head)
             save_head(head, new(options.output / "head.safetensors"))
             write_text(options.output / "metrics.json", json.dumps(scores, indent=2) + "\n")

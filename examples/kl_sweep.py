@@ -7,9 +7,42 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from checkpoints import refuse_to_start_over, write_text
+from accelerate.utils import broadcast_object_list
+from checkpoints import changed, refuse_to_start_over, write_text
+from data import validation_images
+from reals_models import build_teacher, width_of
+
+from psvae import PixelVAE
 
 Numbers = dict[str, float]
+
+
+def measured_sweep(options: Any, train: Callable[[Any], Numbers]) -> dict[str, Numbers]:
+    """`sweep`, with the distance of pictures generated in each space where a generator is to be trained.
+
+    Raises:
+        SystemExit: a generator would learn no classes, or its pictures could not be measured.
+    """
+    if not options.sit_steps:
+        return sweep(options, train)
+    import generation  # and with it diffusers, for this alone
+
+    if options.data.kind != "folder":
+        raise SystemExit(
+            f"--sit-steps reads a folder with one subfolder per class, and --data.kind is {options.data.kind}: pass "
+            "such a folder, or --sit-steps 0"
+        )
+    try:
+        generation.check_labelled(Path(options.data.path), options.data.size)
+    except SystemExit as error:
+        raise SystemExit(f"{error}; or --sit-steps 0") from error
+    width = width_of(options.teacher)
+    if options.validation_count <= width:
+        raise SystemExit(
+            f"--validation-count {options.validation_count} pictures say nothing about the distance in the {width} "
+            f"features of {options.teacher}: wanted more than {width}, better thousands; or --sit-steps 0"
+        )
+    return sweep(options, train, generated_distance, f"the pooled features of {options.teacher}")
 
 
 def sweep(
@@ -31,19 +64,63 @@ def sweep(
     Returns:
         What each run knows, by its folder's name.
     """
-    runs = {f"kl{weight:g}": replace(options, kl=(), output=options.output / f"kl{weight:g}") for weight in options.kl}
+    runs = runs_of(options)
     for one in runs.values():
         refuse_to_start_over(one.output / "checkpoints", options.resume)  # before the first is trained
         if not options.resume and (one.output / "metrics.json").exists():  # a generator may hang on these weights
             raise SystemExit(f"{one.output} holds a finished run: pass --resume, or another --output")
     found: dict[str, Numbers] = {}
-    for (name, one), weight in zip(runs.items(), options.kl, strict=True):
-        numbers = train(replace(one, losses=replace(one.losses, kl=weight))) | {"kl": weight}
+    for name, one in runs.items():
+        numbers = train(one) | {"kl": one.losses.kl}
         found[name] = numbers if distance is None else numbers | {"frechet": distance(one)}
     if PartialState().is_main_process:
         write_text(options.output / "kl_sweep.json", json.dumps(found, indent=2))
         plot(list(found.values()), options.output / "kl_sweep.png", features)
     return found
+
+
+def runs_of(options: Any) -> dict[str, Any]:
+    """The options of the run of each weight, by its folder's name."""
+    return {
+        f"kl{weight:g}": replace(
+            options, kl=(), output=options.output / f"kl{weight:g}", losses=replace(options.losses, kl=weight)
+        )
+        for weight in options.kl
+    }
+
+
+def generated_distance(options: Any) -> float:
+    """Fréchet, in the teacher's features pooled over the grid, of a small SiT's pictures in a finished run's latents
+    from as many validation pictures. Kept beside it as frechet.json."""
+    import generation
+
+    state, size = PartialState(), options.data.size
+    folder = options.output / f"sit{options.sit_steps}-{size}px-seed{options.seed}"
+    held_out = replace(options.data, path=options.validation or options.data.path)
+    real = validation_images(held_out, options.validation_count)
+    settings = {
+        "features": options.teacher, "merge": options.merge, "validation": held_out.path, "pictures": len(real),
+        "size": size, "seed": options.seed,
+    }  # fmt: skip
+    file = folder / "frechet.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    state.wait_for_everyone()  # all have looked before one writes
+    if known and not changed(known, settings):
+        return known["frechet"]
+    made = generation.generate(
+        generation.Options(
+            vae=options.output / "vae", data=Path(options.data.path), output=folder, size=size,
+            steps=options.sit_steps, count=len(real), flip=options.data.flip, workers=options.data.workers,
+            mixed_precision=options.mixed_precision, seed=options.seed,
+        )
+    )  # fmt: skip
+    found = [0.0]
+    if state.is_main_process:
+        vae = PixelVAE.from_pretrained(options.output / "vae")
+        teacher = build_teacher(options.teacher, vae, size, options.merge).to(state.device)
+        found = [generation.distance(real, made, lambda part: teacher(part.to(state.device)).mean(dim=(2, 3)))]
+        write_text(file, json.dumps({"frechet": found[0], **settings}, indent=2) + "\n")
+    return broadcast_object_list(found)[0]
 
 
 def plot(runs: list[Numbers], file: Path, features: str | None = None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from checkpoints import changed, write_text, write_whole
 from PIL import Image
 from torch import Tensor
@@ -80,7 +80,7 @@ class Sampler:
             )
             self.sigmas = flow.sigma_schedule(options.steps, options.shift)
             self.model = DeepFusionDiT.from_pretrained(options.model, dtype=self.dtype).to(self.device)
-            self.vae = load_vae(options.vae, self.device)
+            self.vae = load_measured_vae(options.vae, None, self.device, required=False)
             self.shape = latent_shape(self.vae, options.size)
             self.tokenizer = Tokenizer(options.tokenizer, options.model)
         check_generator(self.model.config, self.shape)
@@ -172,7 +172,7 @@ def load_measured_vae(
 ) -> PSVAE | PixelVAE:
     """A frozen VAE whose latents `scale_latents` brings to about N(0, 1): by its constants (SD, FLUX) or by statistics,
     those of a file, of mean_std.json beside its weights, in a folder or on the Hub (ReaLS), or of its own. Statistics
-    replace the constants.
+    replace the constants; that they do, or that nobody knows whether there are any, is printed.
 
     Args:
         required: refuse a VAE that has neither; else its latents stay as they are.
@@ -187,6 +187,11 @@ def load_measured_vae(
         file = statistics or beside.find(MEAN_STD)
         if file is not None:
             load_latent_statistics(spec, file, allow_pickle=allow_pickle)
+    if MEAN_STD in beside.unseen:
+        PartialState().print(
+            f"{MEAN_STD} of {name} is not in the local cache and the Hub cannot be reached: its latents go on as if "
+            "there were none; go online once, or pass a local folder"
+        )
     measured = bool(((spec.mean != 0) | (spec.std != 1)).any())
     constant = isinstance(vae, PixelVAE) and (vae.config.scaling_factor, vae.config.shift_factor or 0.0) != (1.0, 0.0)
     if required and not measured and not constant:
@@ -196,7 +201,9 @@ def load_measured_vae(
             "save them with psvae.fit_latent_statistics(vae, batches)"
         )
     if measured and constant:  # statistics are of raw latents: both would scale twice
-        print(f"{name} has statistics and the scale {vae.config.scaling_factor}: its latents go by the statistics")
+        PartialState().print(
+            f"{name} has statistics and the scale {vae.config.scaling_factor}: its latents go by the statistics"
+        )
         vae.config = vae.config.replace(scaling_factor=1.0, shift_factor=None)
     return vae
 

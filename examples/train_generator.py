@@ -34,7 +34,16 @@ from checkpoints import (
     write_options,
 )
 from pairs import Batches, PairOptions, Pairs, pair_batches
-from sampling import Tokenizer, branches, check_generator, decode, generator_of, load_vae, plain_errors, scale_latents
+from sampling import (
+    Tokenizer,
+    branches,
+    check_generator,
+    decode,
+    generator_of,
+    load_measured_vae,
+    plain_errors,
+    scale_latents,
+)
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -105,7 +114,8 @@ class Options(TrainingOptions):
 
     data: PairOptions
     vae: str
-    """Folder or Hub id of the PSVAE or PixelVAE whose latents are generated; frozen."""
+    """Folder or Hub id of the PSVAE or PixelVAE whose latents are generated; frozen. Its latents go by mean_std.json
+    beside its weights (ReaLS), by its own statistics or by its constants."""
     llm: str | None = "Qwen/Qwen2.5-0.5B"
     """Folder or Hub id of the language model whose blocks are trained on; None for random weights."""
     model: Path | None = None
@@ -124,7 +134,7 @@ def main(options: Options) -> None:
         llm = options.llm if options.init is None else None
         tokenizer = Tokenizer(options.tokenizer or llm, options.init, options.text_length)
         batches = pair_batches(options.data)
-        vae = load_vae(options.vae, accelerator.device)
+        vae = load_measured_vae(options.vae, None, accelerator.device, required=False)
         model = build_model(options, vae)
     Training(options, accelerator, model, vae, tokenizer, batches).run()
     if accelerator.is_main_process:

@@ -25,12 +25,11 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from checkpoints import (
     Ema,
     accelerator_for,
     averaged,
-    changed,
     first_step,
     learning_rate,
     mean_of,
@@ -44,10 +43,11 @@ from checkpoints import (
 )
 from data import Batch, DataOptions, batches, validation_images
 from equivariance import Turn
-from kl_sweep import sweep
+from kl_sweep import measured_sweep, runs_of
 from measures import active_channels, load_lpips, picture_measures
 from pictures import save_samples
 from reals_losses import LossOptions, Output, aligns, seen_by, targets_of, training_terms
+from reals_models import build_alignment, build_teacher, build_vae, config_of
 from sampling import generator_of, plain_errors
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,14 +55,13 @@ from tqdm import tqdm
 
 from psvae import (
     AlignmentNet,
-    AlignmentNetConfig,
     PixelVAE,
-    PixelVAEConfig,
     SemanticEncoder,
     fit_latent_statistics,
     losses,
     save_reals,
 )
+from psvae.hub.source import CONFIG
 
 FOR_PATCHGAN = 24  # the smallest picture of which the discriminator makes a logit, in pixels
 LEAST = {
@@ -181,67 +180,13 @@ class Aligned(nn.Module):
 
 def main(options: Options) -> dict[str, Any]:
     """Train one VAE, or one for each weight of ``--kl``; returns the validation measures."""
-    numbers = sweep_kl(options) if options.kl else train(options)
+    if options.kl:
+        check(options)
+        numbers = measured_sweep(options, train)
+    else:
+        numbers = train(options)
     PartialState().destroy_process_group()
     return numbers
-
-
-def sweep_kl(options: Options) -> dict[str, dict[str, float]]:
-    """With the distance of pictures generated in each space, if a generator is to be trained."""
-    check(options)
-    if not options.sit_steps:
-        return sweep(options, train)
-    import generation  # and with it diffusers, for this alone
-
-    if options.data.kind != "folder":
-        raise SystemExit(
-            f"--sit-steps reads a folder with one subfolder per class, and --data.kind is {options.data.kind}: pass "
-            "such a folder, or --sit-steps 0"
-        )
-    try:
-        generation.check_labelled(Path(options.data.path), options.data.size)
-    except SystemExit as error:
-        raise SystemExit(f"{error}; or --sit-steps 0") from error
-    width = width_of(options.teacher)
-    if options.validation_count <= width:
-        raise SystemExit(
-            f"--validation-count {options.validation_count} pictures say nothing about the distance in the {width} "
-            f"features of {options.teacher}: wanted more than {width}, better thousands; or --sit-steps 0"
-        )
-    return sweep(options, train, generated_distance, f"the pooled features of {options.teacher}")
-
-
-def generated_distance(options: Options) -> float:
-    """Fréchet, in the teacher's features pooled over the grid, of a small SiT's pictures in a finished run's latents
-    from as many validation pictures. Kept beside it as frechet.json."""
-    import generation
-
-    state, size = PartialState(), options.data.size
-    folder = options.output / f"sit{options.sit_steps}-{size}px-seed{options.seed}"
-    held_out = replace(options.data, path=options.validation or options.data.path)
-    real = validation_images(held_out, options.validation_count)
-    settings = {
-        "features": options.teacher, "merge": options.merge, "validation": held_out.path, "pictures": len(real),
-        "size": size, "seed": options.seed,
-    }  # fmt: skip
-    file = folder / "frechet.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    state.wait_for_everyone()  # all have looked before one writes
-    if known and not changed(known, settings):
-        return known["frechet"]
-    made = generation.generate(
-        generation.Options(
-            vae=options.output / "vae", data=Path(options.data.path), output=folder, size=size,
-            steps=options.sit_steps, count=len(real), flip=options.data.flip, workers=options.data.workers,
-            mixed_precision=options.mixed_precision, seed=options.seed,
-        )
-    )  # fmt: skip
-    found = [0.0]
-    if state.is_main_process:
-        teacher = build_teacher(options, PixelVAE.from_pretrained(options.output / "vae")).to(state.device)
-        found = [generation.distance(real, made, lambda part: teacher(part.to(state.device)).mean(dim=(2, 3)))]
-        write_text(file, json.dumps({"frechet": found[0], **settings}, indent=2) + "\n")
-    return broadcast_object_list(found)[0]
 
 
 def train(options: Options) -> dict[str, float]:
@@ -262,7 +207,8 @@ def check(options: Options) -> None:
     """What would only show after models are loaded.
 
     Raises:
-        SystemExit: a number that is too small, a file that is not there, options that do not go together.
+        SystemExit: a number that is too small, a file that is not there, options that do not go together, an alignment
+            network in the way of a plain VAE.
     """
     weights = options.losses
     numbers = {f"data.{name}": getattr(options.data, name) for name in ("size", "workers")} | vars(options)
@@ -278,6 +224,9 @@ def check(options: Options) -> None:
         raise SystemExit(f"--model {options.model} is no file; wanted JSON of a PixelVAEConfig")
     if aligns(weights) or (options.kl and options.sit_steps):
         config_of(options.teacher)
+    if not aligns(weights):
+        for one in runs_of(options).values() if options.kl else [options]:
+            refuse_to_pair(one)
     if weights.adaptive and (weights.detach or not aligns(weights)):
         raise SystemExit("--losses.adaptive weighs gradients that the alignment gives the VAE; here it gives it none")
     smallest = options.data.size * Turn.SMALLEST / Turn.PARTS
@@ -285,6 +234,21 @@ def check(options: Options) -> None:
         raise SystemExit(
             f"equivariance shrinks images of {options.data.size} px to {smallest:g} px, and the discriminator needs "
             f"{FOR_PATCHGAN}: pass --losses.adversarial 0, or a larger --data.size"
+        )
+
+
+def refuse_to_pair(options: Options) -> None:
+    """Before a plain VAE is trained that could not be saved: it would be taken for that of another's alignment network.
+
+    Raises:
+        SystemExit: the output holds such a network, and the run is not one that is trained already.
+    """
+    output = options.output
+    trained = options.resume and (output / "metrics.json").exists()
+    if (output / "alignment" / CONFIG).exists() and not trained:
+        raise SystemExit(
+            f"{output} holds alignment/ of an earlier run, and --losses.patch 0 --losses.cls 0 trains none to replace "
+            "it; wanted a folder without one: pass another --output, or delete alignment/ if it is no longer needed"
         )
 
 
@@ -342,12 +306,19 @@ class Training:
         torch.manual_seed(options.seed)
         self.teacher = self.perceptual = self.discriminator = None
         with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
-            vae = build_vae(options)
+            vae = build_vae(options.vae, options.model, options.allow_pickle)
             if aligns(options.losses):
-                self.teacher = build_teacher(options, vae).to(accelerator.device)
+                to_cls = options.teacher_features == "pre_norm" and bool(options.losses.cls)
+                teacher = build_teacher(options.teacher, vae, options.data.size, options.merge, pre_norm_cls=to_cls)
+                self.teacher = teacher.to(accelerator.device)
             if options.losses.perceptual:
                 self.perceptual = (load_lpips() if perceptual is None else perceptual).to(accelerator.device)
-        alignment = None if self.teacher is None else build_alignment(options, vae, self.teacher)
+        alignment = None
+        if self.teacher is not None:
+            alignment = build_alignment(
+                vae, self.teacher, options.align_layers, options.align_hidden, options.align_activation, options.merge,
+                options.align_pooling,
+            )  # fmt: skip
         self.configs = vae.config, alignment and alignment.config
         model = Aligned(vae, alignment, options.align_reads, options.losses.detach).train()
         optimizer = torch.optim.Adam(model.parameters(), options.lr, options.betas)
@@ -471,78 +442,6 @@ class Training:
             print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")
         accelerator.wait_for_everyone()
         return numbers
-
-
-def build_vae(options: Options) -> PixelVAE:
-    """What `--vae` names, or random weights of `--model`. Nothing but mean_std.json is to be applied to its latents."""
-    unscaled: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": None, "latents_mean": None, "latents_std": None}
-    if options.vae is not None:
-        return PixelVAE.from_pretrained(options.vae, allow_pickle=options.allow_pickle, **unscaled)
-    file = options.model
-    config = PixelVAEConfig() if file is None else PixelVAEConfig.from_dict(json.loads(file.read_text("utf-8")))
-    return PixelVAE(config.replace(**unscaled))
-
-
-def build_teacher(options: Options, vae: PixelVAE) -> SemanticEncoder:
-    """Frozen, with its own final norm, seeing one patch for each latent cell or each 2 x 2 of them.
-
-    Raises:
-        SystemExit: no such grid fits the images, or it has no CLS token where one is to be aligned with.
-    """
-    stride = vae.latent_spec.stride * options.merge
-    if options.data.size % stride:
-        raise SystemExit(
-            f"images of {options.data.size} px give {options.data.size / stride:g} teacher tokens on a side; wanted a "
-            f"--data.size that is a multiple of the VAE's stride {vae.latent_spec.stride} times --merge {options.merge}"
-        )
-    config = config_of(options.teacher)
-    if config is None:
-        teacher = SemanticEncoder.from_timm(options.teacher, stride=stride, final_norm="affine")
-    elif "_class" in config:
-        teacher = SemanticEncoder.from_pretrained(options.teacher, stride=stride)
-    else:
-        teacher = SemanticEncoder.from_pretrained(options.teacher, stride=stride, final_norm="affine")
-    if options.teacher_features == "pre_norm" and options.losses.cls and teacher.vit.cls_token is None:
-        raise SystemExit(
-            f"the teacher {options.teacher} has no CLS token, and --teacher-features pre_norm aligns pooled latents "
-            "with one: pass --losses.cls 0, or --teacher-features normed, which takes the mean of its patch tokens"
-        )
-    return teacher.eval().requires_grad_(False)
-
-
-def config_of(teacher: str) -> dict[str, Any] | None:
-    """What a folder's config.json says; None of a timm name.
-
-    Raises:
-        SystemExit: the folder has none that can be read.
-    """
-    file = Path(teacher) / "config.json"
-    if not file.parent.is_dir():
-        return None
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        said = f"the teacher's folder {teacher} has no config.json that can be read ({error})"
-        raise SystemExit(f"{said}; wanted a folder of psvae, timm or transformers, or a timm name") from error
-
-
-def width_of(teacher: str) -> int:
-    """D, without downloading anything."""
-    with plain_errors():
-        if config_of(teacher) is not None:
-            return SemanticEncoder.from_pretrained(teacher).feature_dim
-        with torch.device("meta"):
-            return SemanticEncoder.from_timm(teacher, pretrained=False).feature_dim
-
-
-def build_alignment(options: Options, vae: PixelVAE, teacher: SemanticEncoder) -> AlignmentNet:
-    """As wide as the teacher, for the latents of the VAE."""
-    return AlignmentNet(
-        AlignmentNetConfig(
-            vae.config.latent_channels, teacher.feature_dim, options.align_layers, options.align_hidden,
-            options.align_activation, options.merge, options.align_pooling, vae.latent_spec.stride,
-        )
-    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -62,9 +62,7 @@ def build_vit(
         MissingDependencyError: timm or its torchvision cannot be imported.
     """
     timm = import_timm()
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3, cutoff=0.4)
-        raise ConfigError(f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}")
+    _check_name(timm, name)
     overlay = None if file is None else {"file": file}
     arguments = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True, **copy.deepcopy(model_args)}
     try:
@@ -103,6 +101,12 @@ def build_vit(
         vit.norm = nn.LayerNorm(vit.embed_dim, eps=vit.norm.eps, elementwise_affine=False)
     vit.forward = vit.forward_intermediates  # called with (), so that the hooks of offloading bring its own parameters
     return vit
+
+
+def _check_name(timm: Any, name: str) -> None:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3, cutoff=0.4)
+        raise ConfigError(f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}")
 
 
 def _configure_positions(vit: Any, name: str, mode: str, antialias: bool, offset: float) -> None:
@@ -157,11 +161,12 @@ def published_statistics(name: str) -> tuple[RGB, RGB]:
     """The (mean, std) per colour that timm publishes for ``name``, for pixels in [0, 1].
 
     Raises:
-        ConfigError: timm publishes no weights of that name.
+        ConfigError: timm has no model or publishes no weights of that name.
     """
     timm = import_timm()
+    _check_name(timm, name)
     try:
-        published = timm.get_pretrained_cfg(name)
+        published = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         raise ConfigError(f"timm publishes no weights named {name!r}: {error}") from error
     return tuple(published.mean), tuple(published.std)

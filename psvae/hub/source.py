@@ -19,6 +19,7 @@ class Source:
 
     Attributes:
         file: the name of the one file that was asked for, if a path to a file came.
+        unseen: names that `find` could not rule out: not in the local cache, and the Hub cannot be reached.
 
     Raises:
         CheckpointError: nothing is there, and it cannot be a Hub id.
@@ -31,6 +32,7 @@ class Source:
                 "saved first, a model's by its save_pretrained(folder), a dict of tensors by safetensors' save_file"
             )
         self.name, self.subfolder, self.hub_options = str(repo_or_folder), subfolder, hub_options
+        self.unseen: set[str] = set()
         path = Path(repo_or_folder)
         self.file = path.name if path.is_file() else None
         self.folder = path.parent if path.is_file() else path if path.is_dir() else None
@@ -41,7 +43,7 @@ class Source:
         return "/".join(part for part in (self.name, self.subfolder) if part)
 
     def find(self, filename: str) -> Path | None:
-        """The local path of a file, fetched if need be; ``None`` if the source does not have it.
+        """The local path of a file, fetched if need be; ``None`` if the source does not have it, or it is `unseen`.
 
         Raises:
             CheckpointError: the repository or revision does not exist, or cannot be reached.
@@ -55,12 +57,13 @@ class Source:
         try:
             path = Path(hf_hub_download(self.name, filename, subfolder=self.subfolder or None, **self.hub_options))
         except errors.LocalEntryNotFoundError as error:
-            if filename != CONFIG:
-                return None  # absent from a cached snapshot whose config was found
             places = {name: self.hub_options.get(name) for name in ("cache_dir", "revision")}
             nested = "/".join(part for part in (self.subfolder, filename) if part)
             if try_to_load_from_cache(self.name, nested, **places) is not None:
                 return None  # the cache remembers that the repository has none, as those of LDM files
+            if filename != CONFIG:
+                self.unseen.add(filename)
+                return None  # absent from a cached snapshot whose config was found
             raise CheckpointError(
                 f"{filename} of {where} is not in the local cache and the Hub cannot be reached: go online once, "
                 "or pass a local folder"

@@ -80,6 +80,19 @@ def test_from_timm_without_weights_has_the_published_statistics():
         SemanticEncoder.from_timm("vit_base_patch16_224.mae", pretrained=False, strid=8)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dinov2_base", r"timm .* has no model 'dinov2_base'; nearest: \w+"),
+        ("dinov2_base.lvd142m", r"timm .* has no model 'dinov2_base.lvd142m'; nearest: \w+"),
+        ("vit_base_patch16_224.none", r"timm publishes no weights named 'vit_base_patch16_224.none'"),
+    ],
+)
+def test_from_timm_with_a_name_that_timm_does_not_publish(name, said):
+    with pytest.raises(ConfigError, match=said):
+        SemanticEncoder.from_timm(name, pretrained=False)
+
+
 def test_frozen_encoder_gets_no_gradient_and_passes_one_on():
     encoder, x = tiny_encoder().requires_grad_(False), images().requires_grad_()
     encoder(x).square().mean().backward()

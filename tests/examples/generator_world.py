@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from psvae import DeepFusionDiT, DeepFusionDiTConfig
-from tests.tiny import LATENT_CHANNELS, build, fill_weights, tiny_psvae
+from tests.tiny import LATENT_CHANNELS, build, fill_weights, tiny_pixel_vae, tiny_psvae
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -68,6 +68,17 @@ def png(seed, height=SIZE, width=SIZE):
 
 def make_vae(folder):
     fill_weights(tiny_psvae()).save_pretrained(folder)
+
+
+def make_release(folder, measured):
+    """A VAE as ReaLS' authors publish theirs, constant and all, and with the same statistics as psvae keeps them."""
+    vae = fill_weights(tiny_pixel_vae())
+    vae.export_diffusers(folder)
+    (folder / "mean_std.json").write_text('{"mean": 0.5, "std": 2.0}')
+    vae.config = vae.config.replace(scaling_factor=1.0)
+    vae.latent_spec.mean.fill_(0.5)
+    vae.latent_spec.std.fill_(2.0)
+    vae.save_pretrained(measured)
 
 
 def make_language_model(folder):

@@ -41,6 +41,11 @@ def downstream(examples_on_the_path):
     return importlib.import_module("downstream")
 
 
+@pytest.fixture(scope="module")
+def fitting(examples_on_the_path):
+    return importlib.import_module("fitting")
+
+
 def segmentation_weights(width=D, classes=5):
     draw = torch.Generator().manual_seed(1)
     return {
@@ -311,7 +316,7 @@ def test_statistics_applied_twice_are_warned_of(downstream, world, tmp_path):
         run(downstream, world, tmp_path / "out", input=world / "raw.safetensors", **twice)
 
 
-def test_a_head_of_the_teacher_is_applied_unchanged(downstream, heads, world, tmp_path):
+def test_a_head_of_the_teacher_is_applied_unchanged(downstream, fitting, heads, world, tmp_path):
     scores = run(downstream, world, tmp_path, **{"fit-head": world / "labelled", "steps": 60, "held-out": 4})
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
     assert (scores["classes"], scores["fitted"], scores["held_out"]) == (2, 9, 3)
@@ -319,7 +324,7 @@ def test_a_head_of_the_teacher_is_applied_unchanged(downstream, heads, world, tm
     assert scores["miou_latents"] > 0.7
     head = heads.read_head(tmp_path / "head.safetensors", D)
     vae, alignment = load_reals(world / "reals")
-    places = downstream.split(COUNT, downstream.Options("", held_out=4))[1]
+    places = fitting.split(COUNT, one_in=4, seed=0)[1]
     held_out = [draw(number) for number in places]
     pixels = torch.stack([torch.from_numpy(picture).movedim(-1, 0) for picture, _ in held_out]) / 127.5 - 1
     said = head(alignment(vae.encode(pixels).latent_dist.mode()).patch_features, (SIZE, SIZE)).argmax(1).numpy()
@@ -330,17 +335,17 @@ def test_a_head_of_the_teacher_is_applied_unchanged(downstream, heads, world, tm
     assert (shown == said).mean() > 0.99
 
 
-def test_what_is_held_out_is_of_all_classes(downstream, world, tmp_path):
+def test_what_is_held_out_is_of_all_classes(fitting, world, tmp_path):
     """Where they come in turn, one in so many would be of one class alone, and no head would have seen it."""
     for number in range(40):
         for part, value in (("images", 60 * (number % 4)), ("masks", number % 4)):
             (tmp_path / part).mkdir(exist_ok=True)
             Image.fromarray(np.full((SIZE, SIZE), value, dtype=np.uint8)).save(tmp_path / part / f"{number:02d}.png")
-    labelled, teacher = downstream.Labelled(tmp_path, SIZE), load_teacher(world)
+    labelled, teacher = fitting.Labelled(tmp_path, SIZE), load_teacher(world)
 
     def held_out(seed):
-        options = downstream.Options("", held_out=4, steps=1, workers=0, seed=seed)
-        _, found, scores = downstream.fit(labelled, teacher, teacher, options)
+        how = {"one_in": 4, "steps": 1, "lr": 1e-3, "batch_size": 16, "workers": 0}
+        _, found, scores = fitting.fit(labelled, teacher, teacher, **how, seed=seed)
         assert (scores["fitted"], scores["held_out"]) == (30, 10)
         return [int(path.stem) for path in found]
 
@@ -379,30 +384,30 @@ def test_pre_norm_features_are_normed_by_the_teacher(downstream, world, tmp_path
     assert "does not say what its latents were aligned with; taken: normed" in capsys.readouterr().out
 
 
-def test_labels_that_are_no_class(downstream, world, tmp_path):
+def test_labels_that_are_no_class(fitting, world, tmp_path):
     """Any number but the one that means none."""
     folder = shutil.copytree(world / "labelled", tmp_path / "labelled")
     pixels = np.asarray(Image.open(folder / "masks" / "05.png")).copy()
     pixels[0, 0] = 255
     Image.fromarray(pixels).save(folder / "masks" / "05.png")
-    assert downstream.Labelled(folder, SIZE).classes == 2
+    assert fitting.Labelled(folder, SIZE).classes == 2
     with pytest.raises(SystemExit, match=r"05\.png has the label 255; wanted 0 to 1, or 9 for no class"):
-        downstream.Labelled(folder, SIZE, classes=2, ignore=9)
+        fitting.Labelled(folder, SIZE, classes=2, ignore=9)
     with pytest.raises(SystemExit, match=r"has the label 1; wanted 0 to 0"):
-        downstream.Labelled(folder, SIZE, classes=1)
+        fitting.Labelled(folder, SIZE, classes=1)
 
 
-def test_masks_are_cut_as_their_pictures_are(downstream, tmp_path):
+def test_masks_are_cut_as_their_pictures_are(fitting, tmp_path):
     """Nearest neighbours, the same window."""
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
     mask = np.random.default_rng(0).choice([0, 9], (64, 96)).astype(np.uint8)
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     Image.fromarray((mask * 20)[:, :, None].repeat(3, axis=2)).save(tmp_path / "images" / "a.png")
-    image, numbers = downstream.Labelled(tmp_path, 64)[0]
+    image, numbers = fitting.Labelled(tmp_path, 64)[0]
     assert numbers.shape == (64, 64)
     torch.testing.assert_close((image[0] + 1) * 127.5, numbers * 20.0, atol=0.01, rtol=0)
-    half = downstream.Labelled(tmp_path, 32)[0][1]
+    half = fitting.Labelled(tmp_path, 32)[0][1]
     assert half.equal(numbers[1::2, 1::2])
 
 

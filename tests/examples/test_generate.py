@@ -21,6 +21,7 @@ from tests.examples.generator_world import (
     command,
     environment,
     fresh_accelerator,
+    make_release,
     make_table,
     make_tokenizer,
     make_vae,
@@ -127,6 +128,18 @@ def test_a_prompt_is_read_once_for_all_its_pictures(world, tmp_path, monkeypatch
 def test_every_option_of_sampling_counts(world, tmp_path, how):
     plain = contents(make(generate, world, tmp_path / "plain", prompt="a red dog", images=1))
     assert contents(make(generate, world, tmp_path / "other", prompt="a red dog", images=1, **how)) != plain
+
+
+def test_a_release_of_reals_goes_by_its_statistics(world, tmp_path):
+    make_release(tmp_path / "release", tmp_path / "measured")
+    (tmp_path / "dog.png").write_bytes(png(3, 50, 40))
+    asked = {generate: {"prompt": "a red dog"}, edit: {"source": tmp_path / "dog.png", "instruction": "make it red"}}
+    for module, how in asked.items():
+        made = [
+            contents(make(module, world, tmp_path / f"{module.__name__}_{name}", vae=str(tmp_path / name), **how))
+            for name in ("release", "measured")
+        ]
+        assert made[0] == made[1]
 
 
 def test_half_precision_is_nearly_the_same(world, tmp_path):

@@ -33,6 +33,7 @@ from tests.examples.generator_world import (
     fresh_accelerator,
     make_language_model,
     make_picture_folder,
+    make_release,
     make_shards,
     make_table,
     make_triples,
@@ -339,6 +340,13 @@ def test_a_pixel_vae_s_latents_are_scaled_cached_or_not(tmp_path):
     assert_close([made], [(raw - 0.1) * 0.3 / 2.0])
     assert_equal([trainer._latents(None, raw, None)], [made])
     assert_close([sampling.unscale_latents(vae, made)], [raw])
+
+
+def test_a_release_of_reals_goes_by_its_statistics(world, tmp_path):
+    make_release(tmp_path / "release", tmp_path / "measured")
+    for name in ("release", "measured"):
+        train(world, tmp_path / f"on_{name}", vae=str(tmp_path / name), steps=1)
+    assert_equal([weights(tmp_path / "on_release")], [weights(tmp_path / "on_measured")])
 
 
 # What the steps do

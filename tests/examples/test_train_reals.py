@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ from tests.examples.generator_world import SIZE, command, environment, fresh_acc
 from tests.processes import in_processes
 from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_pixel_vae_config
 
-train_reals, data = script("train_reals"), script("data")
+train_reals, reals_models, data = script("train_reals"), script("reals_models"), script("data")
 STEPS = 6
 
 
@@ -405,20 +406,19 @@ def test_a_teacher_without_cls_has_none_before_its_norm(world, tmp_path):
         assert learned == ({"patch"} if more else {"patch", "cls"})
 
 
-def test_a_folder_of_another_library_keeps_its_final_norm(world, tmp_path):
+def test_a_folder_of_another_library_keeps_its_final_norm(tmp_path):
     encoder = fill_weights(tiny_encoder(final_norm="affine"))
     encoder.export_timm(tmp_path / "timm")
-    chosen = options(world, tmp_path, teacher=str(tmp_path / "timm"))
-    teacher = train_reals.build_teacher(chosen, tiny_pixel_vae())
+    teacher = reals_models.build_teacher(str(tmp_path / "timm"), tiny_pixel_vae(), SIZE, merge=1)
     assert teacher.config.final_norm == "affine"
     assert_equal([teacher.vit.norm.weight], [encoder.vit.norm.weight])
 
 
-def test_a_folder_says_how_the_teacher_s_picture_is_normalised(world, tmp_path):
+def test_a_folder_says_how_the_teacher_s_picture_is_normalised(tmp_path):
     """As VA-VAE's, which stays in [-1, 1]."""
     half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     fill_weights(tiny_encoder(**half)).save_pretrained(tmp_path / "half")
-    teacher = train_reals.build_teacher(options(world, tmp_path, teacher=str(tmp_path / "half")), tiny_pixel_vae())
+    teacher = reals_models.build_teacher(str(tmp_path / "half"), tiny_pixel_vae(), SIZE, merge=1)
     assert_close([teacher._preprocess(images(), (32, 32))], [images()])
 
 
@@ -446,6 +446,22 @@ def test_without_alignment_it_is_a_plain_vae(world, tmp_path):
     train(world, tmp_path / "taught", adversarial=0.0)
     taught = load_file(tmp_path / "taught" / kind)
     assert not torch.equal(taught["encoder.conv_in.weight"], plain["encoder.conv_in.weight"])
+
+
+def test_a_plain_vae_where_another_s_alignment_is_is_refused_before_it_is_trained(world, unbroken, tmp_path):
+    """In a sweep before the first of all; what is trained already is no training."""
+    for name in ("one", "many/kl0.1"):
+        shutil.copytree(unbroken[0] / "alignment", tmp_path / name / "alignment")
+    shutil.copytree(unbroken[0], tmp_path / "done")
+    plain = {"patch": 0.0, "cls": 0.0, "adversarial": 0.0}
+    said = r"holds alignment/ of an earlier run, and --losses.* none to replace it; wanted .*: pass another --output"
+    with pytest.raises(SystemExit, match=f"one {said}"):
+        train(world, tmp_path / "one", **plain)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["alignment"]
+    with pytest.raises(SystemExit, match=f"kl0.1 {said}"):
+        train(world, tmp_path / "many", kl=(1e-6, 1e-1), sit_steps=0, **plain)
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["kl0.1"]
+    assert train(world, tmp_path / "done", resume=True, **plain) == unbroken[1]
 
 
 def test_the_total_is_the_weighted_sum(world, tmp_path):

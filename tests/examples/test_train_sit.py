@@ -5,10 +5,12 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import time
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,8 @@ from psvae.alignment import alignment_net
 from psvae.hub.statistics import write_mean_std
 from tests.base import assert_close, assert_equal
 from tests.examples.generator_world import command, environment, fresh_accelerator, png, run, script
+from tests.hub.server import commit_of
+from tests.hub.test_hub import fill_cache
 from tests.processes import in_processes
 from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_psvae
 
@@ -371,6 +375,28 @@ def test_one_scalar_of_reals_brings_latents_to_unit_scale(world, tmp_path, capsy
     seen = sampling.scale_latents(loaded, raw)
     assert_close([seen], [(raw - told["mean"]) / told["std"]])
     assert_close([sampling.unscale_latents(loaded, seen)], [raw])
+
+
+def test_statistics_that_nobody_can_look_for_are_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
+    """The constant serves; where the cache remembers that there are none, there is nothing to say."""
+    fill_weights(tiny_pixel_vae()).export_diffusers(tmp_path / "sd")
+    cache = tmp_path / "cache"
+    fill_cache(cache, "org/sd", commit_of(1), tmp_path / "sd")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def said():
+        vae = sampling.load_measured_vae("org/sd", None, torch.device("cpu"))
+        assert vae.config.scaling_factor == 0.18215
+        return capsys.readouterr().out
+
+    assert re.fullmatch(
+        r"mean_std.json of org/sd is not in the local cache and the Hub cannot .* online once.*\n", said()
+    )
+    absent = cache / "models--org--sd" / ".no_exist" / commit_of(1) / "mean_std.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert said() == ""
 
 
 SCALE = "statistics are another model's or data's, or were applied twice"

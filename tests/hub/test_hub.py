@@ -126,6 +126,24 @@ def test_a_cached_repository_without_a_config(tmp_path: Path) -> None:
         PixelVAE.from_pretrained("org/ldm", cache_dir=cache, local_files_only=True)
 
 
+def test_what_cannot_be_ruled_out_is_named(cache: Path) -> None:
+    """Absent from the cache is not absent, unless huggingface_hub remembers that it is."""
+
+    def unseen(name: str | Path) -> set[str]:
+        source = Source(name, "", revision=None, cache_dir=cache, local_files_only=True)
+        assert source.find("model.safetensors") is not None
+        assert source.find("mean_std.json") is None
+        return source.unseen
+
+    repository = cache / "models--org--one"
+    assert unseen("org/one") == {"mean_std.json"}
+    assert unseen(repository / "snapshots" / ONE) == set()
+    absent = repository / ".no_exist" / ONE / "mean_std.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert unseen("org/one") == set()
+
+
 # Over HTTP. huggingface_hub reads its environment at import, so one other process makes all the calls.
 
 CALLS: dict[str, dict[str, Any]] = {
