@@ -276,7 +276,7 @@ def train_vae(options: Options, data: Path, kind: str) -> Path:
                 data=DataOptions(str(data / "train"), size=SIDE, flip=False, workers=0), output=folder,
                 model=config_file, teacher=str(options.output / "teacher"), align_hidden=256,
                 losses=train_reals.LossOptions(
-                    mse=10, patch=0.5, cls=0.5, perceptual=0, adversarial=0, kl=1e-5, kl_reduction="mean",
+                    mse=10, patch=2.5, cls=0.25, perceptual=0, adversarial=0, kl=1e-5, kl_reduction="mean",
                     detach=kind == "plain",
                 ),
                 steps=steps, batch_size=8, lr=1e-3, betas=(0.9, 0.95), warmup=min(100, steps), final_lr=0.02, ema=0.99,

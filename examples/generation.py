@@ -22,7 +22,7 @@ from labelled import LabelledOptions
 from sit import STATISTICS
 from torch import Tensor
 
-BATCH = 32
+BATCH = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def generate(options: Options) -> Tensor:
         side = CachedLatents(latents)[0][0].shape[-1]
         asked = train_sit.Options(
             data=LabelledOptions(str(latents), flip=options.flip, workers=options.workers), vae=vae, output=model,
-            model="tiny/2", patch_size=2 if side > 16 and side % 2 == 0 else 1, steps=options.steps,
+            model="tiny/2", patch_size=2 if side % 2 == 0 else 1, steps=options.steps,
             batch_size=-(-BATCH // processes) * processes, lr=1e-3, warmup=min(100, options.steps), final_lr=0.02,
             clip=1.0, ema=0.99, mixed_precision=options.mixed_precision, seed=options.seed, resume=True,
             sample_every=10**9, checkpoint_every=max(1, options.steps // 3), tracker="none",
