@@ -57,9 +57,9 @@ class Options:
     """Of all steps and pictures; 1 is at most 25 minutes on two cores."""
     train_pictures: int = 8000
     test_pictures: int = 1000
-    teacher_steps: int = 1000
+    teacher_steps: int = 800
     vae_steps: int = 3000
-    sit_steps: int = 2000
+    sit_steps: int = 1500
     seed: int = 0
     resume: bool = False
     """Keep what an earlier run finished, and go on."""
