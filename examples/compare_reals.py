@@ -57,9 +57,10 @@ class Options:
     """Of all steps and pictures; 1 is at most 25 minutes on two cores."""
     train_pictures: int = 8000
     test_pictures: int = 1000
-    teacher_steps: int = 800
-    vae_steps: int = 3000
-    sit_steps: int = 1500
+    teacher_steps: int = 1300
+    judge_steps: int = 800
+    vae_steps: int = 2800
+    sit_steps: int = 2000
     seed: int = 0
     resume: bool = False
     """Keep what an earlier run finished, and go on."""
@@ -218,7 +219,7 @@ def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) 
     of_cells = nn.Conv2d(WIDTH, 1 + len(SHAPES), 1)
     images, labels = labelled(data / "train")
     cells = torch.from_numpy(np.load(data / "cells.npy")).long() if (data / "cells.npy").exists() else None
-    steps = part_of(options, options.teacher_steps)
+    steps = part_of(options, {"teacher": options.teacher_steps, "judge": options.judge_steps}[name])
     parameters = [*encoder.parameters(), *head.parameters(), *of_cells.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
@@ -276,7 +277,7 @@ def train_vae(options: Options, data: Path, kind: str) -> Path:
                 data=DataOptions(str(data / "train"), size=SIDE, flip=False, workers=0), output=folder,
                 model=config_file, teacher=str(options.output / "teacher"), align_hidden=256,
                 losses=train_reals.LossOptions(
-                    mse=10, patch=2.5, cls=0.25, perceptual=0, adversarial=0, kl=1e-5, kl_reduction="mean",
+                    mse=10, patch=2.0, cls=0.25, perceptual=0, adversarial=0, kl=1e-5, kl_reduction="mean",
                     detach=kind == "plain",
                 ),
                 steps=steps, batch_size=8, lr=1e-3, betas=(0.9, 0.95), warmup=min(100, steps), final_lr=0.02, ema=0.99,
