@@ -6,32 +6,32 @@
 
 Trained one after the other, each kept in its folder so that `--resume` goes on: a teacher and a judge (small Vision
 Transformers that name a picture's class, of different seeds), the two VAEs by train_reals.py, and in the latents of
-each a class-conditional SiT by generation.py. All numbers are of pictures that nothing was trained on.
+each a class-conditional SiT by generation.py. All numbers are of pictures that nothing was trained on; drawn ones are
+held out by combinations of shape, colour, place and background.
 """
 
 import json
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import downstream
 import generation
 import numpy as np
-import scenes
 import torch
 import train_reals
 import tyro
 import visualise_latents
-from checkpoints import changed, write_text
-from data import DataOptions, center_transform, open_table, read_image
+from checkpoints import changed, write_text, write_whole
+from data import DataOptions
 from PIL import Image
-from scenes.compose import SHAPES, background, place
+from reals_data import GRID, SIDE, classes_of, drawn, labelled, prepare, stored
+from scenes.compose import SHAPES
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import gaussian_blur, to_pil_image
+from torchvision.transforms.functional import gaussian_blur
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -39,7 +39,6 @@ from psvae import PixelDecoderConfig, PixelVAE, PixelVAEConfig, SemanticEncoder,
 from psvae.encoders import EncoderTokens, PixelEncoderConfig
 
 KINDS = ("plain", "reals")
-SIDE, GRID = 32, 8  # of pictures, in pixels, and of latents and features alike, in cells
 CHANNELS, WIDTH = 8, 192  # Z, and the teacher's D
 OF_CELLS = 4.0  # weight of naming each cell beside naming the picture; with 1, many shapes were not yet told apart
 PALETTE = ((0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48))  # of classes
@@ -84,10 +83,15 @@ class Classifier(NamedTuple):
 
 def main(options: Options) -> dict[str, Any]:
     """Returns the table."""
-    started = time.time()
+    started, data = time.time(), options.output / "data"
+    counts = {
+        "train": part_of(options, options.train_pictures, 64), "test": part_of(options, options.test_pictures, 64)
+    }  # fmt: skip
+    seed = options.seed
+    source = drawn(seed) if options.data is None else stored(options.data, counts["test"], seed)
     claim(options)
-    data = prepare(options)
-    held_out = labelled(data / "test")
+    prepare(data, source, counts)
+    held_out = labelled(data, "test")
     classifier(options, data, "teacher")
     judge = classifier(options, data, "judge")
     table: dict[str, Any] = {"judge_accuracy": judge.accuracy(*held_out)}
@@ -95,7 +99,7 @@ def main(options: Options) -> dict[str, Any]:
         folder = train_vae(options, data, kind)
         table[kind] = json.loads((folder / "metrics.json").read_text())
         vae = PixelVAE.from_pretrained(folder / "vae")
-        table[kind] |= probes(vae, labelled(data / "train"), held_out)
+        table[kind] |= probes(vae, labelled(data, "train"), held_out)
         table[kind] |= reconstructed(vae, held_out, judge)
         table[kind] |= generated(options, data, folder, held_out, judge)
     if (data / "masks").is_dir():
@@ -133,81 +137,13 @@ def part_of(options: Options, full: int, least: int = 2) -> int:
     return max(least, round(full * options.share))
 
 
-# Pictures
-
-
-def prepare(options: Options) -> Path:
-    """``train`` and ``test`` with one folder per class; of scenes also ``images`` and ``masks``, those of test, and
-    ``cells``: a class for each cell of the training pictures' grid, N 8 8, 0 for background."""
-    root = options.output / "data"
-    if (root / "whole").exists():
-        return root
-    for split, full in (("train", options.train_pictures), ("test", options.test_pictures)):
-        number = part_of(options, full, 64)
-        cells: dict[str, np.ndarray] = {}
-        pictures = drawn(split, number) if options.data is None else stored(options, split, number)
-        for place_of, (picture, label, mask) in enumerate(tqdm(pictures, f"{split} pictures")):
-            name = f"{place_of:05d}"
-            save(picture, root / split / label / f"{name}.png")
-            if mask is not None and split == "train":
-                cells[f"{label}/{name}"] = np.asarray(mask.resize((GRID, GRID), Image.Resampling.NEAREST))
-            elif mask is not None:
-                save(picture, root / "images" / f"{name}.png")
-                save(mask, root / "masks" / f"{name}.png")
-        if cells:  # in the order of `labelled`
-            np.save(root / "cells.npy", np.stack([cells[name] for name in sorted(cells)]))
-    (root / "whole").touch()
-    return root
-
-
-def drawn(split: str, number: int) -> Iterator[tuple[Image.Image, str, Image.Image]]:
-    """One thing of any colour, on one of nine places, before any background; its class is its shape."""
-    for seed in range(number):
-        rng = random.Random(f"reals {split} {seed}")
-        thing = place(rng, rng.choice(list(scenes.COLOURS)), rng.choice(SHAPES), step=16)
-        scene = scenes.Scene((thing,), background(rng))
-        picture = to_pil_image(scenes.draw(scene) * 0.5 + 0.5).resize((SIDE, SIDE), Image.Resampling.BOX)
-        mask = Image.fromarray(scenes.class_map(scene).numpy().astype(np.uint8))
-        yield picture, thing.shape, mask.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-
-
-def stored(options: Options, split: str, number: int) -> Iterator[tuple[Image.Image, str, None]]:
-    """As many of the data's pictures, shuffled."""
-    import datasets
-
-    if options.data.is_file():
-        table = datasets.Dataset.from_parquet(str(options.data))
-        table = table.train_test_split(min(len(table) // 6, part_of(options, options.test_pictures, 64)), seed=0)[split]
-    else:
-        table = open_table(str(options.data), split).shuffle(seed=0)
-    if not {"image", "label"} <= set(table.column_names):
-        raise SystemExit(f"{options.data} has the columns {', '.join(table.column_names)}; wanted image and label")
-    transform = center_transform(SIDE)
-    for row in table.select(range(min(len(table), number))).cast_column("image", datasets.Image(decode=False)):
-        yield to_pil_image(transform(read_image(row["image"])) * 0.5 + 0.5), str(row["label"]).zfill(3), None
-
-
-def save(picture: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file)
-
-
-def labelled(folder: Path) -> tuple[Tensor, Tensor]:
-    """All pictures ``N 3 H W`` in [-1, 1] and their classes ``N``."""
-    files = sorted(folder.rglob("*.png"))
-    classes = sorted({file.parent.name for file in files})
-    labels = torch.tensor([classes.index(file.parent.name) for file in files])
-    return torch.stack([center_transform(SIDE)(read_image(file)) for file in files]), labels
-
-
 # Training
 
 
 def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) -> Classifier:
     """A small Vision Transformer that learned the classes from their labels, and its last layer."""
     folder = options.output / name
-    classes = len(list((data / "train").iterdir()))
-    head = nn.Linear(WIDTH, classes)
+    head = nn.Linear(WIDTH, len(classes_of(data)))
     if (folder / "head.pt").exists():
         head.load_state_dict(torch.load(folder / "head.pt", weights_only=True))
         return Classifier(SemanticEncoder.from_pretrained(folder), head)
@@ -217,7 +153,7 @@ def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) 
     encoder = SemanticEncoder(SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=patch, final_norm="affine"))
     head.reset_parameters()
     of_cells = nn.Conv2d(WIDTH, 1 + len(SHAPES), 1)
-    images, labels = labelled(data / "train")
+    images, labels = labelled(data, "train")
     cells = torch.from_numpy(np.load(data / "cells.npy")).long() if (data / "cells.npy").exists() else None
     steps = part_of(options, {"teacher": options.teacher_steps, "judge": options.judge_steps}[name])
     parameters = [*encoder.parameters(), *head.parameters(), *of_cells.parameters()]
@@ -237,7 +173,7 @@ def classifier(options: Options, data: Path, name: Literal["teacher", "judge"]) 
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
     encoder.eval().save_pretrained(folder)
-    torch.save(head.state_dict(), folder / "head.pt")
+    write_whole(folder / "head.pt", partial(torch.save, head.state_dict()))
     return Classifier(encoder, head)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -53,6 +54,7 @@ def test_compares_and_resumes(compare, tmp_path, capsys):
         assert again[part] == table[part]
 
     shutil.rmtree(tmp_path / "plain" / "sit")  # as if killed there, and gone on with in a new process
+    shutil.rmtree(tmp_path / "plain" / "samples")
     (tmp_path / "plain" / "samples.npz").unlink()
     fresh_accelerator()
     assert compare.main(compare.Options(output=tmp_path, resume=True, **TINY))["plain"] == table["plain"]
@@ -86,10 +88,15 @@ def test_columns_of_other_names_are_refused(compare, tmp_path):
     parquet(tmp_path / "some.parquet", 12, ("img", "label"))
     with pytest.raises(SystemExit, match="has the columns img, label; wanted image and label"):
         compare.main(compare.Options(data=tmp_path / "some.parquet", output=tmp_path / "out", **TINY))
+    assert not (tmp_path / "out").exists()
+
+
+def scenes_of(split, count, seed=0):
+    return list(islice(script("reals_data").drawn(seed)(split), count))
 
 
 def test_scenes_and_their_masks_agree(compare):
-    for picture, shape, mask in compare.drawn("test", 10):
+    for picture, shape, mask in scenes_of("test", 10):
         assert picture.size == mask.size == (compare.SIDE, compare.SIDE)
         numbers = np.unique(np.asarray(mask))
         assert len(numbers) == 2
@@ -98,3 +105,25 @@ def test_scenes_and_their_masks_agree(compare):
         assert compare.SHAPES[numbers[1] - 1] == shape
         pixels = np.asarray(picture).astype(float)
         assert np.abs(pixels[thing].mean(axis=0) - pixels[~thing].mean(axis=0)).max() > 20
+
+
+def test_no_held_out_scene_has_a_twin():
+    train = np.stack([np.asarray(picture).astype(np.int16) for picture, *_ in scenes_of("train", 2000)])
+    for picture, *_ in scenes_of("test", 50):  # backgrounds of one name differ by less than 25
+        assert np.abs(train - np.asarray(picture)).reshape(2000, -1).max(axis=1).min() > 25
+
+
+def test_another_seed_draws_other_scenes():
+    first, again, other = (
+        [picture.tobytes() for picture, *_ in scenes_of("train", 20, seed)] for seed in (0, 0, 1)
+    )  # fmt: skip
+    assert first == again
+    assert not set(first) & set(other)
+
+
+def test_a_class_that_no_held_out_picture_has(tmp_path):
+    data = script("reals_data")
+    for split, classes in (("train", "abc"), ("test", "ac")):
+        for name in classes:
+            data.save(Image.new("RGB", (32, 32)), tmp_path / split / name / "0.png")
+    assert data.labelled(tmp_path, "test")[1].tolist() == [0, 2]
