@@ -13,7 +13,6 @@ shard appears whole or not at all: a run that was killed goes on where it stoppe
 `CachedLatents`, or with LightningDiT's own reader. One run writes into a folder at a time.
 """
 
-import hashlib
 import json
 import sys
 from bisect import bisect
@@ -30,7 +29,7 @@ from checkpoints import changed, write_text, write_whole
 from data import IMAGE_ENDINGS, UNREADABLE, center_transform, open_table, read_image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sampling import load_vae
+from sampling import digest, load_vae, refuse_smaller
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -108,6 +107,13 @@ class Images(Dataset):
         classes = {folder: number for number, folder in enumerate(sorted({f for f in folders if f is not None}))}
         self.labels = [classes.get(folder, 0) for folder in folders]
 
+    def without_class(self) -> list[str]:
+        """Those of the first list that have none where others have one."""
+        if self.table is None:
+            return beside_classes(self.names)
+        labels = self.table["label"][:] if "label" in self.table.column_names else []
+        return [f"row {place}" for place, label in enumerate(labels) if label is None]
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -122,6 +128,12 @@ class Images(Dataset):
             return place, self.transform(read_image(source)), label
         except UNREADABLE as error:
             return place, f"{name} cannot be read ({error})", label
+
+
+def beside_classes(names: list[str]) -> list[str]:
+    """The images that lie beside the subfolders of others, which are their classes."""
+    beside = [name for name in names if "/" not in name]
+    return beside if len(beside) < len(names) else []
 
 
 Fault = tuple[int, str]  # a place, and why its image cannot be read
@@ -232,10 +244,7 @@ def digest_of(vae: PSVAE | PixelVAE) -> str:
     if vae.latent_spec.applied_by == "caller":
         config = {name: value for name, value in config.items() if name not in LEFT_TO_CALLERS}
         state = {name: tensor for name, tensor in state.items() if not name.startswith("latent_spec.")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest(config, state)
 
 
 def manifest_of(options: Options, vae: PSVAE | PixelVAE, images: Images) -> dict[str, Any]:
@@ -303,11 +312,17 @@ def some(names: list[str]) -> str:
 
 
 @torch.no_grad()
-def check(vae: PSVAE | PixelVAE, options: Options) -> None:
+def check(vae: PSVAE | PixelVAE, images: Images, options: Options) -> None:
     """Stop before anything is written where the run could not begin."""
-    for name, least in (("batch_size", 1), ("shard_size", 1), ("size", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least {least}")
+    refuse_smaller(options, {0: ("workers",), 1: ("batch_size", "shard_size", "size")})
+    lacking = images.without_class()
+    if lacking and images.table is not None:
+        raise SystemExit(
+            f"{options.data} has no label in {some(lacking)}; wanted one in each row: see --label-column (None where "
+            "there are no classes)"
+        )
+    if lacking:
+        PartialState().print(f"{some(lacking)} beside the subfolders, which are the classes, get the label 0")
     try:
         vae.encode(torch.zeros(1, 3, options.size, options.size, device=vae.device))
     except PSVAEError as error:
@@ -392,7 +407,7 @@ def leave_out(images: Images, faults: list[Fault], folder: Path, accelerator: Ac
 def main(options: Options) -> None:
     accelerator = Accelerator()
     vae, images = load_vae(options.vae, accelerator.device, options.allow_pickle), Images(options)
-    check(vae, options)
+    check(vae, images, options)
     if accelerator.is_main_process:
         resume(options.output, images)
         claim(options.output, manifest_of(options, vae, images), images)

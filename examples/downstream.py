@@ -27,15 +27,16 @@ import tyro
 from checkpoints import write_text
 from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
 from fitting import Labelled, fit
+from frechet import read_npz
 from heads import DepthHead, SegmentationHead, read_head, save_head
 from PIL import Image
-from reals_models import build_teacher
+from reals_models import build_teacher, config_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sampling import plain_errors
+from sampling import plain_errors, refuse_smaller
 from torch import Tensor, nn
 
-from psvae import AlignmentNet, PixelVAE, SemanticEncoder, load_reals
+from psvae import AlignmentNet, PixelVAE, SemanticEncoder, SemanticEncoderConfig, load_reals
 from psvae.shapes import check_map
 
 matplotlib.use("Agg")
@@ -108,11 +109,13 @@ class Reader:
     Attributes:
         kind: of the tokens that the network was aligned with.
         norm: the teacher's final one, where it is known.
+        final_norm: what the teacher's configuration calls it; DINOv2's own is ``"affine"``.
     """
 
     alignment: AlignmentNet
     kind: Tokens
     norm: nn.Module | None = None
+    final_norm: str = "affine"
 
     def __call__(self, latents: Tensor, wanted: str, normalized: bool = False) -> tuple[Tensor, Tensor]:
         """Patch features ``B D h w`` and the CLS token ``B D``, both of the wanted kind where that can be."""
@@ -121,8 +124,17 @@ class Reader:
             patches, cls = self.norm(patches.movedim(1, -1)).movedim(-1, 1), self.norm(cls)
         return patches, cls
 
-    def remark(self, head: SegmentationHead | DepthHead) -> str | None:
-        """Where the head reads other tokens than the latents carry."""
+    def remark(self, head: SegmentationHead | DepthHead, published: bool = False) -> str | None:
+        """Where the head reads other tokens than the latents carry.
+
+        Args:
+            published: it is DINOv2's own.
+        """
+        if published and head.tokens == "normed" and self.final_norm != "affine":
+            return (
+                f"the {type(head).__name__} reads DINOv2's normed tokens, and the teacher's final norm is "
+                f"{self.final_norm!r}, without DINOv2's scale and shift: expect wrong masks, or take --fit-head"
+            )
         what = f"the {type(head).__name__} reads {head.tokens} tokens, the latents were aligned with {self.kind} ones"
         if self.kind == head.tokens:
             return None
@@ -144,6 +156,14 @@ def load_teacher(name: str, vae: PixelVAE, alignment: AlignmentNet) -> SemanticE
             f"{alignment.config.feature_dim}; wanted the teacher that the latents were aligned with"
         )
     return teacher
+
+
+def final_norm_of(teacher: str | None) -> str:
+    """Of a folder of psvae, what it says; any other teacher keeps its own."""
+    config = None if teacher is None else config_of(teacher)
+    if config is None or "_class" not in config:
+        return "affine"
+    return config.get("final_norm", SemanticEncoderConfig.final_norm)
 
 
 # What is looked at
@@ -193,8 +213,7 @@ def read_latents(file: Path, vae: PixelVAE) -> Tensor:
         if file.suffix == ".safetensors":
             content: dict[str, Any] = load_file(file)
         else:
-            with np.load(file, allow_pickle=False) as arrays:
-                content = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            content = {name: torch.from_numpy(array) for name, array in read_npz(file).items()}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise SystemExit(f"{file} cannot be read: {error}") from error
     only = next(iter(content.values())) if file.suffix == ".npz" and len(content) == 1 else None
@@ -283,16 +302,20 @@ def save_figure(rows: list[dict[str, np.ndarray]], path: Path) -> None:
 def remembered(options: Options) -> tuple[Tokens | None, str | None]:
     """(kind of tokens, teacher): as asked for, else as train_reals.py wrote them beside vae/ and alignment/."""
     file = Path(options.reals) / "options.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise SystemExit(
+            f"{file}, which says what the latents were aligned with, cannot be read ({error}); remove it, and pass "
+            "--teacher and --teacher-features"
+        ) from error
     kind = options.teacher_features or before.get("teacher_features")
     return kind, options.teacher or before.get("teacher")
 
 
 def check(options: Options) -> None:
     """Stop before anything is loaded where nothing could be done."""
-    for name, least in (("batch_size", 1), ("held_out", 2), ("steps", 1), ("size", 1), ("shown", 0), ("workers", 0)):
-        if getattr(options, name) < least:
-            raise SystemExit(f"--{name.replace('_', '-')} is {getattr(options, name)}; wanted at least {least}")
+    refuse_smaller(options, {0: ("shown", "workers"), 1: ("batch_size", "steps", "size"), 2: ("held_out",)})
     if options.segmentation and options.fit_head:
         raise SystemExit("--segmentation is a head and --fit-head makes one; wanted one of them")
     if not (options.segmentation or options.depth or options.fit_head):
@@ -318,18 +341,22 @@ def main(options: Options) -> dict[str, float]:
         vae = vae.requires_grad_(False)
         width = alignment.config.feature_dim
         heads: list[Any] = []
+        published: list[Any] = []  # of them: DINOv2's files are pickles, and save_head writes safetensors
         for file, expected in ((options.segmentation, SegmentationHead), (options.depth, DepthHead)):
             if file is not None:
                 head = read_head(file, width, allow_pickle=options.allow_pickle, max_depth=options.max_depth)
                 if not isinstance(head, expected):
                     raise SystemExit(f"{file} holds a {type(head).__name__}; wanted a {expected.__name__}")
                 heads.append(head.to(device))
+                if file.suffix != ".safetensors":
+                    published.append(heads[-1])
         teacher = None
         if options.fit_head or (options.segmentation and kind == "pre_norm" and name):
             if name is None:
                 raise SystemExit("--fit-head needs the --teacher that the latents were aligned with")
             teacher = load_teacher(name, vae, alignment).to(device)
-        reader = Reader(alignment, kind, None if teacher is None else teacher.vit.norm)
+        final_norm = final_norm_of(name) if published else "affine"
+        reader = Reader(alignment, kind, None if teacher is None else teacher.vit.norm, final_norm)
         look_at: Callable[[], Iterator[Item]] = partial(items, options.input, vae, options)
         if options.fit_head:
             labelled = Labelled(options.fit_head, options.size, options.classes, options.ignore)
@@ -348,7 +375,7 @@ def main(options: Options) -> dict[str, float]:
             if options.input is None:
                 look_at = partial(encoded, held_out, options.fit_head / "images", vae, options)
         for head in heads:
-            remark = reader.remark(head)
+            remark = reader.remark(head, published=head in published)
             if remark:
                 print(remark)
         count = apply(look_at(), vae, reader, heads, options)

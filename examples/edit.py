@@ -61,7 +61,7 @@ def main(options: Options) -> None:
     if not options.crop and sampler.vae.latent_spec.grid is not None:
         raise SystemExit("the VAE's statistics are per element of a square, so it takes no other shape: pass --crop")
     if options.gedit is not None:
-        claim(options, options.output, accelerator)
+        claim(options, options.output, accelerator, model=sampler.model, vae=sampler.vae)
     else:
         jobs[0].files[0].unlink(missing_ok=True)
     for job in share(jobs, accelerator):

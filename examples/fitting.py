@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import IMAGE_ENDINGS, center_transform, read_image
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
 from heads import SegmentationHead, fit_segmentation_head
 from PIL import Image
 from torch import Tensor
@@ -50,8 +50,11 @@ class Labelled(Dataset):
 
     def _largest(self, image: Path, mask: Path, classes: int | None) -> int:
         numbers = np.asarray(read_mask(mask))
-        with Image.open(image) as picture:
-            wanted = picture.size[::-1]
+        try:
+            with Image.open(image) as picture:
+                wanted = read_image(picture).size[::-1]
+        except UNREADABLE as error:
+            raise SystemExit(f"{image} cannot be read: {error}") from error
         if numbers.shape != wanted:
             raise SystemExit(f"{mask} has {numbers.shape} pixels (rows, columns); wanted its picture's, {wanted}")
         labels = [int(label) for label in np.unique(numbers) if label != self.ignore]
@@ -82,10 +85,14 @@ def by_name(folder: Path) -> dict[str, Path]:
 
 def read_mask(file: Path) -> Image.Image:
     """One number per pixel."""
-    with Image.open(file) as mask:
-        if mask.mode not in INDEX_MODES:
-            raise SystemExit(f"{file} has colours (mode {mask.mode}); wanted an index PNG, one class number per pixel")
-        return mask.copy()
+    try:
+        with Image.open(file) as opened:
+            mask = opened.copy()
+    except UNREADABLE as error:
+        raise SystemExit(f"{file} cannot be read: {error}") from error
+    if mask.mode not in INDEX_MODES:
+        raise SystemExit(f"{file} has colours (mode {mask.mode}); wanted an index PNG, one class number per pixel")
+    return mask
 
 
 def features_of(encode: Callable[[Tensor], Tensor], batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

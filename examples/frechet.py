@@ -17,6 +17,8 @@ import importlib.util
 import json
 import math
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,7 @@ class Pictures(Dataset):
             self.files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
             self.array = np.empty((0, size, size, 3), np.uint8)
         else:
-            self.array = read_npz(source)
+            self.array = read_pictures(source)
         if len(self) < 2:
             raise SystemExit(f"{source} holds {len(self)} pictures; wanted two or more")
 
@@ -82,13 +84,28 @@ class Pictures(Dataset):
         return torch.from_numpy(self.array[place]).permute(2, 0, 1)
 
 
-def read_npz(source: str) -> np.ndarray:
-    """``arr_0``, uint8 N H W 3."""
+def read_npz(file: str | Path) -> dict[str, np.ndarray]:
+    """Its arrays by their names.
+
+    Raises:
+        SystemExit: it is damaged, or something else.
+    """
     try:
-        with np.load(source) as content:
-            array = content["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{source} is no folder, and no .npz with arr_0: {error}") from error
+        with open(file, "rb") as opened:  # numpy leaves a damaged one open
+            content = np.load(opened, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise ValueError("it is an .npy, of one array")
+            return {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SystemExit(f"{file} cannot be read as an .npz: {error}") from error
+
+
+def read_pictures(source: str) -> np.ndarray:
+    """``arr_0``, uint8 N H W 3."""
+    arrays = read_npz(source)
+    if "arr_0" not in arrays:
+        raise SystemExit(f"{source} holds {', '.join(arrays) or 'nothing'}; wanted arr_0, uint8 N H W 3")
+    array = arrays["arr_0"]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
         raise SystemExit(f"{source} holds {array.dtype} of shape {array.shape}; wanted uint8, N H W 3")
     return array

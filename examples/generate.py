@@ -53,7 +53,7 @@ def main(options: Options) -> None:
     accelerator = Accelerator()
     sampler = Sampler(options, accelerator)
     if options.prompt is None:
-        claim(options, options.output, accelerator)
+        claim(options, options.output, accelerator, model=sampler.model, vae=sampler.vae)
     else:
         remove_earlier(options.output, options.images)
     for job in share(jobs, accelerator):

@@ -37,10 +37,14 @@ def measured_sweep(options: Any, train: Callable[[Any], Numbers]) -> dict[str, N
     except SystemExit as error:
         raise SystemExit(f"{error}; or --sit-steps 0") from error
     width = width_of(options.teacher)
-    if options.validation_count <= width:
+    count, whose = options.validation_count, f"--validation-count {options.validation_count} pictures"
+    if count > width:
+        count = len(validation_images(options.held_out, count))
+        whose = f"the {count} readable pictures of {options.held_out.path}"
+    if count <= width:
         raise SystemExit(
-            f"--validation-count {options.validation_count} pictures say nothing about the distance in the {width} "
-            f"features of {options.teacher}: wanted more than {width}, better thousands; or --sit-steps 0"
+            f"{whose} say nothing about the distance in the {width} features of {options.teacher}: wanted more than "
+            f"{width}, better thousands; or --sit-steps 0"
         )
     return sweep(options, train, generated_distance, f"the pooled features of {options.teacher}")
 
@@ -96,10 +100,9 @@ def generated_distance(options: Any) -> float:
 
     state, size = PartialState(), options.data.size
     folder = options.output / f"sit{options.sit_steps}-{size}px-seed{options.seed}"
-    held_out = replace(options.data, path=options.validation or options.data.path)
-    real = validation_images(held_out, options.validation_count)
+    real = validation_images(options.held_out, options.validation_count)
     settings = {
-        "features": options.teacher, "merge": options.merge, "validation": held_out.path, "pictures": len(real),
+        "features": options.teacher, "merge": options.merge, "validation": options.held_out.path, "pictures": len(real),
         "size": size, "seed": options.seed,
     }  # fmt: skip
     file = folder / "frechet.json"

@@ -3,13 +3,14 @@
 Which image comes when, and whether it is mirrored, is a function of the seed and the position in the stream alone.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cache_latents import MANIFEST, CachedLatents, Images, digest_of
+from cache_latents import MANIFEST, NAMES, CachedLatents, Images, beside_classes, digest_of, shard_places, some
 from cache_latents import Options as ImageOptions
 from checkpoints import changed
 from safetensors import safe_open
@@ -69,6 +70,13 @@ class Cached(Dataset):
                 found += shard.get_tensor("labels").tolist()
         return found
 
+    def without_class(self) -> list[str]:
+        """Images that got class 0 because they lay beside the subfolders of all others."""
+        file = self.latents.folder / NAMES
+        names = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        kept = [place for places in shard_places(self.latents.manifest) for place in places if place < len(names)]
+        return beside_classes([names[place] for place in kept])
+
     def __len__(self) -> int:
         return len(self.latents)
 
@@ -94,10 +102,12 @@ class Pictures(Dataset):
             self.shape = latent_shape(vae, options.size)
 
     def labels(self) -> list[int]:
-        if self.images.table is None:  # an image beside the subfolders has no class
-            pairs = zip(self.images.names, self.images.labels, strict=True)
-            return [label if "/" in name else -1 for name, label in pairs]
+        if self.images.table is None:
+            return self.images.labels
         return self.images.table["label"] if self.options.label_column else [0] * len(self.images)
+
+    def without_class(self) -> list[str]:
+        return self.images.without_class()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -126,7 +136,7 @@ def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cac
     """Cached latents or pictures.
 
     Raises:
-        SystemExit: there is no data, or its latents are not this VAE's.
+        SystemExit: there is no data, its latents are not this VAE's, or some have no class.
     """
     cached = (Path(options.path) / MANIFEST).exists()
     data = Cached(options, seed) if cached else Pictures(options, seed, vae)
@@ -139,6 +149,13 @@ def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cac
     said = changed({"vae": data.latents.manifest["vae"]}, {"vae": digest_of(vae)}) if isinstance(data, Cached) else ""
     if said:
         raise SystemExit(f"{options.path} holds latents of another VAE ({said}): pass the --vae that cached them")
+    lacking = [] if options.classes == 1 else data.without_class()
+    if lacking:
+        raise SystemExit(
+            f"{options.path} has {len(lacking)} images without a class beside others that have one: {some(lacking)}. "
+            f"Wanted each in a subfolder, or a label in each row{', and then a new cache' * cached}; --data.classes 1 "
+            "trains without classes"
+        )
     if height != width:
         raise SystemExit(f"{options.path} holds latents of {height} x {width}; diffusers' DiT takes squares")
     return data

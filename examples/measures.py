@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reals_losses import seen_by, targets_of
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from psvae.losses import cosine_similarity_map
@@ -44,6 +46,36 @@ def measure(
     if output.parameters is not None:
         numbers["active_channels"] = active_channels(torch.cat(means), torch.cat(variances))
     return numbers
+
+
+@torch.no_grad()
+def measure_aligned(
+    model: Any, teacher: nn.Module | None, images: Tensor, options: Any, accelerator: Any
+) -> dict[str, float]:
+    """Of what train_reals.py trains, by its options.
+
+    psnr, ssim, lpips: of the reconstruction from the posterior's mean. patch_cosine, cls_cosine: of the features read
+    from it, with the teacher's. latent_std, active_channels: of the latents.
+    """
+    rows: list[dict[str, float]] = []
+    moments: list[tuple[Tensor, Tensor]] = []
+    for part in images.split(options.batch_size):
+        part = part.to(accelerator.device)
+        with accelerator.autocast():
+            output = model.vae(part)
+            aligned = None if model.alignment is None else model.alignment(output.latents)
+        row = picture_measures(output.sample, part)
+        if aligned is not None and teacher is not None:
+            patches, pooled = targets_of(options.teacher_features, seen_by(teacher, part))
+            of_patches = cosine_similarity_map(aligned.patch_features, patches)
+            of_cls = F.cosine_similarity(aligned.global_feature.float(), pooled.float())
+            row |= {"patch_cosine": of_patches.mean(), "cls_cosine": of_cls.mean()}
+        rows.append({name: float(value) * len(part) for name, value in row.items()})
+        moments.append((output.posterior.mean.float(), output.posterior.var.float()))
+    means, variances = (torch.cat(parts) for parts in zip(*moments, strict=True))
+    numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
+    spread = (means.var() + variances.mean()).sqrt()
+    return numbers | {"latent_std": float(spread), "active_channels": active_channels(means, variances)}
 
 
 def picture_measures(sample: Tensor, images: Tensor) -> dict[str, Tensor]:

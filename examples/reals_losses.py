@@ -49,7 +49,10 @@ class LossOptions:
     detach: bool = False
     """Let the alignment network read the latents and teach the VAE nothing: a plain VAE to compare with."""
     adversarial: float = 0.5
-    """Of the hinge PatchGAN, times LDM's adaptive weight; open, LDM's. 0 leaves the discriminator out."""
+    """Of the hinge PatchGAN; open, LDM's. 0 leaves the discriminator out."""
+    adversarial_adaptive: bool = True
+    """Multiply `adversarial` by how many times harder the pixel terms pull at the decoder's last layer than the
+    adversary does; open, LDM's. REPA-E's weight is a fixed 0.1."""
     adversarial_start: int = 50_001
     """Step from which it counts; open, LDM's."""
     equivariance: float = 0.0
@@ -136,8 +139,10 @@ def training_terms(
             total = total + weight * term
     if adversary is not None:
         fooled = losses.generator_hinge_loss(adversary(output.sample.float()))
-        weight = losses.adaptive_weight(pixel, fooled, vae.decoder.conv_out.weight)
-        terms["adversarial"], total = fooled.detach(), total + weights.adversarial * weight * fooled
+        term = weights.adversarial * fooled
+        if weights.adversarial_adaptive:
+            term = term * losses.adaptive_weight(pixel, fooled, vae.decoder.conv_out.weight)
+        terms["adversarial"], total = fooled.detach(), total + term
     return terms | {"latent_std": output.latents.detach().float().std(), "total": total}
 
 

@@ -21,10 +21,11 @@ def build_vae(name: str | None, model: Path | None, allow_pickle: bool = False) 
 
 
 def build_teacher(name: str, vae: PixelVAE, size: int, merge: int, *, pre_norm_cls: bool = False) -> SemanticEncoder:
-    """Frozen, with its own final norm, seeing one patch for each latent cell or each 2 x 2 of them.
+    """Frozen, seeing one patch for each latent cell or each 2 x 2 of them.
 
     Args:
-        name: a timm name, or a folder of psvae, timm or transformers.
+        name: a timm name, or a folder of timm or transformers, whose final norm it keeps; or a folder of psvae, with
+            the final norm that its config.json says.
         size: of the images, in pixels.
         merge: latent cells per teacher token on each axis.
         pre_norm_cls: its CLS token before the final norm is aligned with.

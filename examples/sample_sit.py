@@ -7,9 +7,9 @@
     python examples/sample_sit.py ... --save-latents --output outputs/made     # for downstream.py --normalized
 
 Noise and class of a picture depend on the seed and its number alone, and pictures are made in the same batches by
-however many processes. A killed run goes on by the same command. `output.npz` holds all (arr_0, uint8 N H W 3), and
-`output-latents.npz` what they are decoded from; the folder `output` holds the batches that both are made of, and may be
-removed afterwards.
+however many processes. A killed run goes on by the same command; with other options or weights it is refused.
+`output.npz` holds all (arr_0, uint8 N H W 3), and `output-latents.npz` what they are decoded from; the folder `output`
+holds the batches that both are made of, and may be removed afterwards.
 """
 
 import math
@@ -26,7 +26,7 @@ import tyro
 from accelerate import Accelerator
 from checkpoints import write_whole
 from diffusers import DiTTransformer2DModel
-from sampling import claim, decode, generator_of, load_measured_vae, plain_errors
+from sampling import claim, decode, generator_of, load_measured_vae, plain_errors, refuse_smaller
 from sit import STATISTICS, check_classes, guided_velocity, load_sit
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from psvae import flow
 
 Solver = Literal["sde", "euler", "heun"]
+LEAST = {0: ("diffusion",), 1: ("count", "batch_size", "steps")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,10 @@ class Options:
     shift: float = 1.0
     """Of the noise levels; as in training, for latents of many channels."""
     guidance: float = 1.0
-    """ReaLS: 1.5, or 1.8 in the interval 0 to 0.75."""
+    """ReaLS: 1.5, or 1.8 in an interval that it writes [0, 0.75]."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guided where low < σ ≤ high. σ = 1 is noise, as in REPA; SiT counts time the other way."""
+    """Guided where low < σ ≤ high; σ = 1 is noise. Which end of ReaLS' interval is noise is open; REPA's reading is
+    this, and SiT counts time the other way."""
     batch_size: int = 64
     """Of one process."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -203,11 +205,10 @@ def write_npz(parts: list[Path], file: Path, name: str) -> None:
 
 
 def main(options: Options) -> None:
-    if options.count < 1 or options.batch_size < 1:
-        raise SystemExit(f"--count {options.count} --batch-size {options.batch_size}; wanted at least 1 of each")
+    refuse_smaller(options, LEAST)
     accelerator = Accelerator()
     sampler = Sampler(options, accelerator.device)
-    claim(options, options.output, accelerator)
+    claim(options, options.output, accelerator, model=sampler.model, vae=sampler.vae)
     batches = [
         range(first, min(first + options.batch_size, options.count))
         for first in range(0, options.count, options.batch_size)

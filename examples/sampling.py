@@ -4,11 +4,13 @@ For generate.py and edit.py; train_generator.py, sample_sit.py, train_sit.py and
 half.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from checkpoints import changed, write_text, write_whole
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from psvae import (
@@ -260,6 +262,22 @@ def branches(
     return {name: made[name]() for name in guidance.branches}
 
 
+def refuse_smaller(options: Any, least: dict[int, tuple[str, ...]]) -> None:
+    """Numbers that are smaller than they may be; None is none.
+
+    Args:
+        least: names of options by the least that they may be, with a dot where one is in another.
+
+    Raises:
+        SystemExit: there is such a number.
+    """
+    for bound, names in least.items():
+        for name in names:
+            value = attrgetter(name)(options)
+            if value is not None and value < bound:
+                raise SystemExit(f"--{name.replace('_', '-')} is {value}; wanted at least {bound}")
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """What psvae refuses, in one line instead of a traceback."""
@@ -281,13 +299,18 @@ def share(jobs: list[Any], accelerator: Accelerator) -> Iterator[Any]:
     return iter(tqdm(mine, disable=not accelerator.is_main_process))
 
 
-def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> None:
-    """Keep the pictures of two runs apart: what was asked for lies beside the folder, which takes no others.
+def claim(options: Any, output: Path, accelerator: Accelerator, **models: nn.Module) -> None:
+    """Keep the pictures of two runs apart: what was asked for lies beside the folder, and a digest of the weights; it
+    takes no others.
+
+    Args:
+        models: by the names of their options.
 
     Raises:
-        SystemExit: the folder holds pictures of other options.
+        SystemExit: the folder holds pictures of other options, or of other weights.
     """
     beside, asked = output.with_name(f"{output.name}.json"), asked_for(options)
+    weights = {name: digest({}, model.state_dict()) for name, model in models.items()}
     if beside.exists() and any(path.is_file() for path in output.rglob("*")):
         try:
             before = dict(json.loads(beside.read_text(encoding="utf-8")))
@@ -297,18 +320,34 @@ def claim(options: SamplingOptions, output: Path, accelerator: Accelerator) -> N
         said = changed(before, asked)
         if said:
             raise SystemExit(f"{output} holds pictures of another run, see {beside} ({said}); choose another --output")
+        known = before.get("weights", {})
+        others = [f"--{name} {asked[name]}" for name, found in weights.items() if known.get(name) != found]
+        if others:
+            raise SystemExit(
+                f"{output} holds pictures of other weights than those that are in {' and '.join(others)} now"
+                f"{'' if known else ', or of ones that were not noted'}, see {beside}: remove the folder, or choose "
+                "another --output"
+            )
     accelerator.wait_for_everyone()  # all have looked before one writes
     if accelerator.is_main_process:
-        write_text(beside, json.dumps(asked, indent=2) + "\n")
+        write_text(beside, json.dumps(asked | {"weights": weights}, indent=2) + "\n")
 
 
-def asked_for(options: SamplingOptions) -> dict[str, Any]:
+def asked_for(options: Any) -> dict[str, Any]:
     """As JSON gives it back, but for the output; files and folders by the whole of their paths."""
     found = {name: value for name, value in asdict(options).items() if name != "output"}
     for name, value in found.items():
         if isinstance(value, Path) or (isinstance(value, str) and Path(value).exists()):
             found[name] = str(Path(value).resolve())
     return json.loads(json.dumps(found))
+
+
+def digest(config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """Of a configuration and of weights, to the bit."""
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def save_image(image: Tensor, path: Path) -> None:

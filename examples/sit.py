@@ -1,7 +1,9 @@
 """SiT, class-conditional, as diffusers' DiTTransformer2DModel: its sizes, its first weights, its velocity, its folder.
 
-Two things of diffusers' class are not SiT's. Each block embeds time and class anew, and drops labels by its own draw;
-SiT has one embedding for all, and so has this. And it starts from PyTorch's weights; SiT from zero modulation.
+Three things of diffusers' class are not SiT's. Each block embeds time and class anew, and drops labels by its own draw;
+SiT has one embedding for all, and so has this. It starts from PyTorch's weights; SiT from zero modulation, and so does
+this. And the 128 frequencies of time are 10000^(−k / 127); DiT's and SiT's code has 10000^(−k / 128). That stays:
+diffusers opens the folder and would compute no other.
 """
 
 import copy

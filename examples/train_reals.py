@@ -7,9 +7,9 @@ The teacher (DINOv2) is frozen; encoder, decoder and both MLPs of the alignment 
 names the terms: MSE, LPIPS, the adversary, KL and alignment. Weights, optimiser and schedule are open: each is an
 option here, its default the nearest project's, as its help says.
 
-`--kl 1e-6 1e-4 1e-2` trains one VAE for each KL weight and a small SiT in the latents of each, and draws how far its
-pictures are from real ones (the paper's Figure 5).
-One file for one CPU, one GPU and DDP: `accelerate config` chooses. `--resume` continues a killed run. `--help` lists
+`--kl 1e-6 1e-4 1e-2 --validation-count 5000` trains one VAE for each KL weight and a small SiT in the latents of each,
+and draws how far its pictures are from real ones (the paper's Figure 5).
+One program for one CPU, one GPU and DDP: `accelerate config` chooses. `--resume` continues a killed run. `--help` lists
 every option; examples/README.md has the full-size command.
 """
 
@@ -43,34 +43,17 @@ from checkpoints import (
 )
 from data import Batch, DataOptions, batches, validation_images
 from equivariance import Turn
-from kl_sweep import measured_sweep, runs_of
-from measures import active_channels, load_lpips, picture_measures
+from kl_sweep import measured_sweep
+from measures import load_lpips, measure_aligned
 from pictures import save_samples
+from reals_checks import check
 from reals_losses import LossOptions, Output, aligns, seen_by, targets_of, training_terms
-from reals_models import build_alignment, build_teacher, build_vae, config_of
+from reals_models import build_alignment, build_teacher, build_vae
 from sampling import generator_of, plain_errors
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from psvae import (
-    AlignmentNet,
-    PixelVAE,
-    SemanticEncoder,
-    fit_latent_statistics,
-    losses,
-    save_reals,
-)
-from psvae.hub.source import CONFIG
-
-FOR_PATCHGAN = 24  # the smallest picture of which the discriminator makes a logit, in pixels
-LEAST = {
-    0: ("data.workers", "steps", "sit_steps", "warmup"),
-    1: (
-        "data.size", "align_layers", "align_hidden", "batch_size", "accumulate", "log_every", "sample_every",
-        "checkpoint_every", "keep_checkpoints", "validation_count", "statistics_batches",
-    ),
-}  # fmt: skip
+from psvae import AlignmentNet, PixelVAE, fit_latent_statistics, losses, save_reals
 
 
 @dataclass(frozen=True)
@@ -101,7 +84,8 @@ class Options:
     may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in [-1, 1]."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
     """What cells and pooled latents are aligned with, before or after the teacher's final norm; open. Segmentation
-    heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens."""
+    heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens. The final norm of a psvae
+    folder is that of its config.json; only `"affine"` is the one that those heads know."""
     merge: Literal[1, 2] = 1
     """Latent cells per teacher token on each axis: 1 shows the teacher one patch per cell (448 px for 32 x 32 latents),
     as the figure is drawn, 2 half of that; open."""
@@ -132,11 +116,11 @@ class Options:
     final_lr: float = 1.0
     """Share of the learning rate that a cosine reaches at the end; 1 keeps it constant, as VA-VAE. Open."""
     clip: float = 1.0
-    """Largest gradient norm, of the VAE and of the alignment network each; open."""
+    """Largest gradient norm, of the VAE and of the alignment network each; open. 0 for none."""
     ema: float = 0.999
     """Decay of the averaged weights, which are the ones saved; open. 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
-    """Of what is trained; open, ours (VA-VAE: fp32). The teacher is always in bf16."""
+    """Of what is trained; open, ours (VA-VAE: fp32). fp16 without the adversary only. The teacher is always in bf16."""
     seed: int = 0
     resume: bool = False
     """Continue from the newest checkpoint below the output."""
@@ -153,6 +137,11 @@ class Options:
     """Batches of each process from which mean_std.json is measured."""
     tracker: str = "tensorboard"
     """Any of accelerate's trackers, or `none`."""
+
+    @property
+    def held_out(self) -> DataOptions:
+        """Where the validation images are."""
+        return replace(self.data, path=self.validation or self.data.path)
 
 
 class Aligned(nn.Module):
@@ -201,55 +190,6 @@ def train(options: Options) -> dict[str, float]:
     for tracker in accelerator.trackers:
         tracker.finish()
     return numbers
-
-
-def check(options: Options) -> None:
-    """What would only show after models are loaded.
-
-    Raises:
-        SystemExit: a number that is too small, a file that is not there, options that do not go together, an alignment
-            network in the way of a plain VAE.
-    """
-    weights = options.losses
-    numbers = {f"data.{name}": getattr(options.data, name) for name in ("size", "workers")} | vars(options)
-    for least, names in LEAST.items():
-        for name in names:
-            if numbers[name] < least:
-                raise SystemExit(f"--{name.replace('_', '-')} is {numbers[name]}; wanted at least {least}")
-    folders = [f"{weight:g}" for weight in options.kl]
-    twice = sorted({name for name in folders if folders.count(name) > 1})
-    if twice:
-        raise SystemExit(f"--kl has {', '.join(twice)} more than once; wanted each weight once: its run has a folder")
-    if options.vae is None and options.model is not None and not options.model.is_file():
-        raise SystemExit(f"--model {options.model} is no file; wanted JSON of a PixelVAEConfig")
-    if aligns(weights) or (options.kl and options.sit_steps):
-        config_of(options.teacher)
-    if not aligns(weights):
-        for one in runs_of(options).values() if options.kl else [options]:
-            refuse_to_pair(one)
-    if weights.adaptive and (weights.detach or not aligns(weights)):
-        raise SystemExit("--losses.adaptive weighs gradients that the alignment gives the VAE; here it gives it none")
-    smallest = options.data.size * Turn.SMALLEST / Turn.PARTS
-    if weights.equivariance and weights.adversarial and smallest < FOR_PATCHGAN:
-        raise SystemExit(
-            f"equivariance shrinks images of {options.data.size} px to {smallest:g} px, and the discriminator needs "
-            f"{FOR_PATCHGAN}: pass --losses.adversarial 0, or a larger --data.size"
-        )
-
-
-def refuse_to_pair(options: Options) -> None:
-    """Before a plain VAE is trained that could not be saved: it would be taken for that of another's alignment network.
-
-    Raises:
-        SystemExit: the output holds such a network, and the run is not one that is trained already.
-    """
-    output = options.output
-    trained = options.resume and (output / "metrics.json").exists()
-    if (output / "alignment" / CONFIG).exists() and not trained:
-        raise SystemExit(
-            f"{output} holds alignment/ of an earlier run, and --losses.patch 0 --losses.cls 0 trains none to replace "
-            "it; wanted a folder without one: pass another --output, or delete alignment/ if it is no longer needed"
-        )
 
 
 class Training:
@@ -301,8 +241,7 @@ class Training:
             perceptual: LPIPS, frozen; None loads its published weights, unless the term's weight is 0.
         """
         options, accelerator = self.options, self.accelerator
-        held_out = replace(options.data, path=options.validation or options.data.path)
-        self.held_out = validation_images(held_out, options.validation_count)
+        self.held_out = validation_images(options.held_out, options.validation_count)
         torch.manual_seed(options.seed)
         self.teacher = self.perceptual = self.discriminator = None
         with plain_errors(), accelerator.main_process_first():  # one process downloads, the others find the files
@@ -311,6 +250,12 @@ class Training:
                 to_cls = options.teacher_features == "pre_norm" and bool(options.losses.cls)
                 teacher = build_teacher(options.teacher, vae, options.data.size, options.merge, pre_norm_cls=to_cls)
                 self.teacher = teacher.to(accelerator.device)
+                norm = teacher.config.final_norm
+                if options.teacher_features == "normed" and norm != "affine":
+                    accelerator.print(
+                        f"final_norm of {options.teacher} is {norm!r}: heads made for the encoder, as DINOv2's, read "
+                        "tokens after its own, 'affine'"
+                    )
             if options.losses.perceptual:
                 self.perceptual = (load_lpips() if perceptual is None else perceptual).to(accelerator.device)
         alignment = None
@@ -396,8 +341,8 @@ class Training:
         """Each by itself, so that an alignment network that only reads leaves the VAE as it would be without one; the
         norms before. The discriminator's is only taken."""
         self.accelerator.unscale_gradients(self.optimizer)
-        clip = nn.utils.clip_grad_norm_
-        norms = {name: clip(part.parameters(), self.options.clip) for name, part in self._plain().named_children()}
+        clip, most = nn.utils.clip_grad_norm_, self.options.clip or math.inf
+        norms = {name: clip(part.parameters(), most) for name, part in self._plain().named_children()}
         if self._adversary_counts():
             norms["discriminator"] = clip(self.discriminator.parameters(), math.inf)
         return norms
@@ -418,7 +363,7 @@ class Training:
 
     def _show(self, model: Aligned, name: str) -> dict[str, float]:
         """A sample grid, and the validation measures, logged."""
-        numbers = validate(model, self.teacher, self.held_out, self.options, self.accelerator)
+        numbers = measure_aligned(model, self.teacher, self.held_out, self.options, self.accelerator)
         self.accelerator.log({f"val_{name}": value for name, value in numbers.items()}, step=self.step)
         if self.accelerator.is_main_process:
             shown = self.held_out[:8].to(self.accelerator.device)
@@ -442,33 +387,6 @@ class Training:
             print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")
         accelerator.wait_for_everyone()
         return numbers
-
-
-@torch.no_grad()
-def validate(
-    model: Aligned, teacher: SemanticEncoder | None, images: Tensor, options: Options, accelerator: Accelerator
-) -> dict[str, float]:
-    """Of the reconstruction from the posterior's mean: psnr, ssim, lpips. Of the features read from it, with the
-    teacher's: patch_cosine, cls_cosine. Of the latents: latent_std, active_channels."""
-    rows: list[dict[str, float]] = []
-    moments: list[tuple[Tensor, Tensor]] = []
-    for part in images.split(options.batch_size):
-        part = part.to(accelerator.device)
-        with accelerator.autocast():
-            output = model.vae(part)
-            aligned = None if model.alignment is None else model.alignment(output.latents)
-        row = picture_measures(output.sample, part)
-        if aligned is not None and teacher is not None:
-            patches, pooled = targets_of(options.teacher_features, seen_by(teacher, part))
-            of_patches = losses.cosine_similarity_map(aligned.patch_features, patches)
-            of_cls = F.cosine_similarity(aligned.global_feature.float(), pooled.float())
-            row |= {"patch_cosine": of_patches.mean(), "cls_cosine": of_cls.mean()}
-        rows.append({name: float(value) * len(part) for name, value in row.items()})
-        moments.append((output.posterior.mean.float(), output.posterior.var.float()))
-    means, variances = (torch.cat(parts) for parts in zip(*moments, strict=True))
-    numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
-    spread = (means.var() + variances.mean()).sqrt()
-    return numbers | {"latent_std": float(spread), "active_channels": active_channels(means, variances)}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from data import Order
 from diffusers import DiTTransformer2DModel
 from labelled import Batch, Cached, LabelledOptions, collate, count_classes, open_data
 from sample_sit import generate_latents, schedule
-from sampling import decode, generator_of, load_measured_vae, plain_errors, scale_latents
+from sampling import decode, generator_of, load_measured_vae, plain_errors, refuse_smaller, scale_latents
 from sit import build_sit, save_sit, velocity
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -51,6 +51,13 @@ from tqdm import tqdm
 from psvae import DiagonalGaussian, flow
 
 SHOWN = 8  # classes of a sample grid
+LEAST = {
+    0: ("data.workers", "steps", "warmup", "clip"),
+    1: (
+        "data.size", "data.classes", "patch_size", "batch_size", "accumulate", "log_every", "sample_every",
+        "checkpoint_every", "keep_checkpoints",
+    ),
+}  # fmt: skip
 FAR = 3.0  # times as far from their mean, or as near, as the statistics say: AlignmentNet's bound
 
 
@@ -82,7 +89,7 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float | None = None
-    """Largest gradient norm. SiT: none; REPA and LightningDiT: 1."""
+    """Largest gradient norm; 0 or None: not clipped, as SiT. REPA and LightningDiT: 1."""
     ema: float = 0.9999
     """Decay of the averaged weights, which are the ones saved. 0 for none."""
     drop_label: float = 0.1
@@ -113,6 +120,7 @@ class Training:
     """Build, resume, train, save. Its result is ``output/model``, which sample_sit.py and diffusers open."""
 
     def __init__(self, options: Options, accelerator: Accelerator) -> None:
+        refuse_smaller(options, LEAST)
         self.options, self.accelerator = options, accelerator
         self.checkpoints = options.output / "checkpoints"
         self.step = 0
@@ -194,7 +202,7 @@ class Training:
                 accelerator.backward(loss)
                 gradients = {}
                 if accelerator.sync_gradients:
-                    bound = math.inf if options.clip is None else options.clip  # the norm is taken either way
+                    bound = options.clip or math.inf  # the norm is taken either way
                     gradients["the velocity loss"] = accelerator.clip_grad_norm_(self.model.parameters(), bound)
                 stop_at_nan(
                     accelerator, {"the latents": latents.abs().max(), "the velocity loss": loss}, gradients, self.step,
@@ -294,6 +302,7 @@ def warn_of_scale(latents: Tensor, vae: str) -> None:
 
 def main(options: Options) -> dict[str, float]:
     """Train; returns the last loss."""
+    refuse_smaller(options, LEAST)  # before the accelerator, which divides by one of them
     refuse_to_start_over(options.output / "checkpoints", options.resume)
     accelerator = accelerator_for(options, options.mixed_precision)
     if accelerator.distributed_type == DistributedType.FSDP:

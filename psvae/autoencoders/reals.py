@@ -110,6 +110,11 @@ def load_reals(
         revision = source.hub_options["revision"]  # the commit, even if the branch moves meanwhile
     source = Source(repo_or_folder, places[0], revision=revision, **where)
     statistics = source.find(MEAN_STD)
+    if statistics is None and source.unseen:
+        raise CheckpointError(
+            f"{MEAN_STD} of {source} is not in the local cache and the Hub cannot be reached: go online once, or pass "
+            "a local folder"
+        )
     if statistics is None:
         raise CheckpointError(
             f"{source} has no {MEAN_STD}, without which a generator's latents cannot be read; measure it with "

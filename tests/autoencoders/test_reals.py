@@ -16,6 +16,7 @@ from psvae.errors import CheckpointError, ConfigError
 from tests.alignment.test_alignment_net import tiny_net
 from tests.base import assert_same_state
 from tests.hub.server import Repository, commit_of, serve
+from tests.hub.test_hub import fill_cache
 from tests.tiny import fill_weights, images, latents, tiny_pixel_vae
 
 
@@ -205,6 +206,21 @@ def test_statistics_are_needed(pair, folder, tmp_path):
         load_reals(folder)
     with pytest.raises(ConfigError, match=r"not measured.*fit_latent_statistics"):
         save_reals(tmp_path / "other", tiny_pixel_vae(), pair[1])
+
+
+def test_statistics_that_cannot_be_looked_for(folder, tmp_path):
+    """Offline, what the cache has not is not what the repository has not, unless the cache remembers so."""
+    (folder / "vae" / "mean_std.json").unlink()
+    commit, load = commit_of(0x1111), {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    fill_cache(tmp_path / "cache", "org/reals", commit, folder)
+    said = r"mean_std.json of org/reals/vae is not in the local cache and the Hub cannot be reached: go online once, or"
+    with pytest.raises(CheckpointError, match=said):
+        load_reals("org/reals", **load)
+    absent = tmp_path / "cache" / "models--org--reals" / ".no_exist" / commit / "vae" / "mean_std.json"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    with pytest.raises(CheckpointError, match=r"org/reals/vae has no mean_std.json, without which"):
+        load_reals("org/reals", **load)
 
 
 @pytest.mark.parametrize(

@@ -384,6 +384,23 @@ def test_pre_norm_features_are_normed_by_the_teacher(downstream, world, tmp_path
     assert "does not say what its latents were aligned with; taken: normed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("final_norm", ["plain", "none", "affine"])
+def test_dinov2_s_head_on_tokens_of_another_norm_is_told(downstream, world, tmp_path, capsys, final_norm):
+    """One that was fitted on such tokens is at home there."""
+    shutil.copytree(world / "reals", tmp_path / "reals")
+    fill_weights(tiny_encoder(final_norm=final_norm)).save_pretrained(tmp_path / "teacher")
+    options = {"teacher": str(tmp_path / "teacher"), "teacher_features": "normed"}
+    (tmp_path / "reals" / "options.json").write_text(json.dumps(options))
+    publish(load_file(world / "seg.safetensors"), tmp_path / "dinov2_ade20k_linear_head.pth")
+    asked = {"reals": tmp_path / "reals", "input": world / "raw.safetensors"}
+    head = {"segmentation": tmp_path / "dinov2_ade20k_linear_head.pth", "allow-pickle": True}
+    run(downstream, world, tmp_path / "out", **asked, **head)
+    said = f"reads DINOv2's normed tokens, and the teacher's final norm is '{final_norm}'"
+    assert (said in capsys.readouterr().out) == (final_norm != "affine")
+    run(downstream, world, tmp_path / "out", **asked, segmentation=world / "seg.safetensors")
+    assert "SegmentationHead" not in capsys.readouterr().out
+
+
 def test_labels_that_are_no_class(fitting, world, tmp_path):
     """Any number but the one that means none."""
     folder = shutil.copytree(world / "labelled", tmp_path / "labelled")
@@ -426,6 +443,12 @@ def test_masks_are_cut_as_their_pictures_are(fitting, tmp_path):
         ({"fit-head": "labelled/images"}, r"has 0 pictures in images/ and 0 in masks/; wanted both"),
         ({"fit-head": "no_masks"}, r"1 pictures in images/ and 0 in masks/; without a partner: 00"),
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),
+        ({"fit-head": "broken_images"}, r"images/00\.png cannot be read: "),
+        ({"fit-head": "broken_masks"}, r"masks/00\.png cannot be read: "),
+        ({"segmentation": "seg.safetensors", "input": "cut_off.npz"}, r"cut_off\.npz cannot be read as an \.npz: File"),
+        ({"segmentation": "seg.safetensors", "input": "empty.npz"}, r"empty\.npz cannot be read as an \.npz: No data"),
+        ({"segmentation": "seg.safetensors", "reals": "unsaid"}, r"options\.json, which says .* cannot be read .*--"),
+        ({"segmentation": "seg.safetensors", "reals": "listed"}, r"options\.json, which says .* cannot be read .*--"),
         ({"fit-head": "labelled", "held-out": 99}, "too few to hold out one in 99"),
         ({"fit-head": "labelled", "teacher": "wide"}, "width 24 and the alignment network of 48"),
         (
@@ -448,10 +471,21 @@ def test_bad_input(downstream, world, tmp_path, more, said):
             shutil.copy(world / "labelled" / "images" / "00.png", world / folder / "images")
             if masks:
                 shutil.copytree(world / folder / "images", world / folder / "masks")
+        for part in ("images", "masks"):
+            shutil.copytree(world / "labelled", world / f"broken_{part}")
+            file = world / f"broken_{part}" / part / "00.png"
+            file.write_bytes(file.read_bytes()[:-60])  # its size can still be read
+        for name, content in (("cut_off", (world / "generated.npz").read_bytes()[:-100]), ("empty", b"")):
+            (world / f"{name}.npz").write_bytes(content)
+        for name, content in (("unsaid", '{"teacher": '), ("listed", "[1]")):
+            (world / name).mkdir()
+            (world / name / "options.json").write_text(content)
         shutil.copytree(world / "reals", world / "bare", ignore=shutil.ignore_patterns("mean_std.json"))
         model = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
         tiny_encoder(model_args=model).save_pretrained(world / "wide")
     more = {name: world / value if isinstance(value, str) else value for name, value in more.items()}
+    if "reals" in more:
+        more.setdefault("input", world / "raw.safetensors")
     with pytest.raises(SystemExit) as error:
         run(downstream, world, tmp_path, **more)
     assert error.match(f"(?s){said}")

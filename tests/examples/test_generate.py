@@ -211,20 +211,23 @@ def test_pictures_of_other_options_are_not_mixed(world, geneval):
     said = r"geneval holds pictures of another run, see .*/geneval.json \(guidance: 6.5 before, 2.0 now\)"
     with pytest.raises(SystemExit, match=said):
         make(generate, world, geneval, geneval=world / "metadata.jsonl", guidance=2.0)
+    assert set(json.loads(geneval.with_name("geneval.json").read_text())["weights"]) == {"model", "vae"}
 
 
 @pytest.fixture
 def claim(world, tmp_path, monkeypatch):
-    """`sampling.claim` for a folder with one picture, by the options that change."""
+    """`sampling.claim` for a folder with one picture, by the models and options that change."""
     monkeypatch.chdir(world)
     accelerator = generate.Accelerator()
+    models = {"model": torch.nn.Linear(2, 2), "vae": torch.nn.Linear(3, 3)}
     (tmp_path / "og").mkdir()
     (tmp_path / "og" / "0000.png").write_bytes(png(0))
 
     def call(**changes):
+        used = {name: changes.pop(f"{name}_weights", models[name]) for name in models}
         fields = arguments(world, tmp_path / "og", geneval=world / "metadata.jsonl") | changes
         chosen = generate.Options(**fields)
-        sampling.claim(chosen, chosen.output, accelerator)
+        sampling.claim(chosen, chosen.output, accelerator, **used)
 
     return call
 
@@ -243,6 +246,21 @@ def test_paths_are_the_same_however_they_are_written(tmp_path, world, claim):
     claim(model="model", vae="./vae", geneval=Path("metadata.jsonl"), output=Path(os.path.relpath(tmp_path / "og")))
     with pytest.raises(SystemExit, match=r"vae: '/.*/vae' before, '/.*/model' now"):
         claim(vae="model")
+
+
+def test_pictures_of_other_weights_are_not_mixed(tmp_path, world, claim):
+    """As of a model that was trained further, in the same folder."""
+    claim()
+    claim()
+    with pytest.raises(SystemExit, match=r"pictures of other weights than those that are in --vae /\S+/vae now, see"):
+        claim(vae_weights=torch.nn.Linear(3, 3))
+    told = json.loads((tmp_path / "og.json").read_text())
+    del told["weights"]  # as an earlier psvae wrote it
+    (tmp_path / "og.json").write_text(json.dumps(told))
+    with pytest.raises(SystemExit, match=r"in --model \S+ and --vae \S+ now, or of ones that were not noted, see"):
+        claim()
+    (tmp_path / "og" / "0000.png").unlink()
+    claim()
 
 
 def test_a_half_written_claim_is_one_clear_line(tmp_path, claim):

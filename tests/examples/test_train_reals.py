@@ -26,7 +26,7 @@ from tests.examples.generator_world import SIZE, command, environment, fresh_acc
 from tests.processes import in_processes
 from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_pixel_vae_config
 
-train_reals, reals_models, data = script("train_reals"), script("reals_models"), script("data")
+train_reals, reals_models, data, measures = map(script, ("train_reals", "reals_models", "data", "measures"))
 STEPS = 6
 
 
@@ -174,6 +174,24 @@ def test_a_killed_run_continues_bit_exactly(world, unbroken):
 def test_starting_over_checkpoints_is_refused(world, unbroken):
     with pytest.raises(SystemExit, match="pass --resume, or another --output"):
         train(world, unbroken[0], lr=1.0)
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_options(world, unbroken, tmp_path):
+    """In a sweep before the first is trained. What trains nothing may be another, and so may what it did not know."""
+    output, numbers = unbroken
+    said = r"holds a finished run of other options \(losses.mse: 1.0 before, 0.5 now; steps: 6 before, 8 now\)"
+    with pytest.raises(SystemExit, match=f"unbroken {said}"):
+        train(world, output, resume=True, steps=8, mse=0.5)
+    assert train(world, output, resume=True, validation_count=2, log_every=7, checkpoint_every=5, workers=1) == numbers
+    one = tmp_path / "kl1e-06"
+    shutil.copytree(output, one)
+    with pytest.raises(SystemExit, match=r"kl1e-06 holds a finished run of other options \(steps: 6 before, 8 now\)"):
+        train(world, tmp_path, resume=True, kl=(1.0, 1e-6), sit_steps=0, steps=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["kl1e-06"]
+    before = json.loads((one / "options.json").read_text())
+    del before["steps"], before["losses"]["mse"]
+    (one / "options.json").write_text(json.dumps(before))
+    assert train(world, one, resume=True, steps=8, mse=0.5) == numbers
 
 
 def test_another_vae_to_start_from(world, unbroken, tmp_path):
@@ -352,7 +370,7 @@ def test_the_teacher_is_in_bf16_whatever_the_vae_is_in(world, tmp_path):
     for name, layer in (("teacher", made.teacher.vit.blocks[0].attn.qkv), ("vae", made.model.vae.encoder.conv_in)):
         layer.register_forward_hook(lambda _, inputs, output, name=name: seen.setdefault(name, []).append(output.dtype))
     steps(made)
-    train_reals.validate(made.model, made.teacher, made.held_out, made.options, made.accelerator)
+    measures.measure_aligned(made.model, made.teacher, made.held_out, made.options, made.accelerator)
     assert seen["teacher"] == [torch.bfloat16] * 3
     assert seen["vae"] == [torch.float32] * 3
 
@@ -379,7 +397,7 @@ def test_cells_are_aligned_with_the_features_that_are_asked_for(world, tmp_path,
     with torch.no_grad():
         aligned = model(pictures, [train_reals.generator_of(0, place) for place in range(2)]).aligned
         seen = train_reals.seen_by(SemanticEncoder.from_pretrained(world / "teacher"), pictures)
-        found = train_reals.validate(model, made.teacher, pictures, made.options, made.accelerator)
+        found = measures.measure_aligned(model, made.teacher, pictures, made.options, made.accelerator)
         mean = model.alignment(model.vae(pictures).latents)
     patches, cls = (seen.features, seen.global_token) if kind == "normed" else (seen.pre_norm, seen.pre_norm_cls)
     assert terms["align_patch"].item() == pytest.approx(losses.alignment_loss(aligned.patch_features, patches).item())
@@ -412,6 +430,17 @@ def test_a_folder_of_another_library_keeps_its_final_norm(tmp_path):
     teacher = reals_models.build_teacher(str(tmp_path / "timm"), tiny_pixel_vae(), SIZE, merge=1)
     assert teacher.config.final_norm == "affine"
     assert_equal([teacher.vit.norm.weight], [encoder.vit.norm.weight])
+
+
+def test_a_teacher_with_another_norm_than_its_own_is_named(world, tmp_path, capsys):
+    """A psvae folder's config.json says which: the world's is plain."""
+    fill_weights(tiny_encoder(final_norm="affine")).save_pretrained(tmp_path / "affine")
+    said = "teacher is 'plain': heads made for the encoder, as DINOv2's, read tokens after its own, 'affine'"
+    trainer(world, tmp_path / "a")
+    assert said in capsys.readouterr().out
+    for more in ({"teacher": str(tmp_path / "affine")}, {"teacher_features": "pre_norm"}):
+        trainer(world, tmp_path / "b", **more)
+        assert "final_norm" not in capsys.readouterr().out
 
 
 def test_a_folder_says_how_the_teacher_s_picture_is_normalised(tmp_path):
@@ -449,10 +478,9 @@ def test_without_alignment_it_is_a_plain_vae(world, tmp_path):
 
 
 def test_a_plain_vae_where_another_s_alignment_is_is_refused_before_it_is_trained(world, unbroken, tmp_path):
-    """In a sweep before the first of all; what is trained already is no training."""
+    """In a sweep before the first of all."""
     for name in ("one", "many/kl0.1"):
         shutil.copytree(unbroken[0] / "alignment", tmp_path / name / "alignment")
-    shutil.copytree(unbroken[0], tmp_path / "done")
     plain = {"patch": 0.0, "cls": 0.0, "adversarial": 0.0}
     said = r"holds alignment/ of an earlier run, and --losses.* none to replace it; wanted .*: pass another --output"
     with pytest.raises(SystemExit, match=f"one {said}"):
@@ -461,7 +489,6 @@ def test_a_plain_vae_where_another_s_alignment_is_is_refused_before_it_is_traine
     with pytest.raises(SystemExit, match=f"kl0.1 {said}"):
         train(world, tmp_path / "many", kl=(1e-6, 1e-1), sit_steps=0, **plain)
     assert [path.name for path in (tmp_path / "many").iterdir()] == ["kl0.1"]
-    assert train(world, tmp_path / "done", resume=True, **plain) == unbroken[1]
 
 
 def test_the_total_is_the_weighted_sum(world, tmp_path):
@@ -473,6 +500,25 @@ def test_the_total_is_the_weighted_sum(world, tmp_path):
         steps(trainer(world, tmp_path, kl_reduction=reduction, adversarial=0.0))["kl"] for reduction in ("sum", "mean")
     )
     assert summed.item() == pytest.approx(mean.item() * 8 * 4 * 4, rel=1e-5)
+
+
+def test_the_adversary_s_weight_may_be_fixed(world, tmp_path):
+    factors = {"mse": 0.5, "kl_weight": 0.0, "patch": 0.0, "cls": 0.0, "adversarial": 0.1, "adversarial_start": 1}
+    found = {}
+    for adaptive in (False, True):
+        terms = steps(trainer(world, tmp_path, **factors, adversarial_adaptive=adaptive))
+        found[adaptive] = (terms["total"] - 0.5 * terms["mse"]).item() / terms["adversarial"].item()
+    assert found[False] == pytest.approx(0.1, rel=1e-3)
+    assert found[True] != pytest.approx(0.1, rel=0.1)
+
+
+def test_gradients_may_be_left_as_they_are(world, tmp_path):
+    """--clip 0: as with a bound that none of them reaches."""
+    free, wide, tight = (trainer(world, tmp_path, clip=clip, adversarial=0.0) for clip in (0.0, 1e9, 1e-9))
+    for made in (free, wide, tight):
+        steps(made, 2)
+    assert_equal(state(free.model).values(), state(wide.model).values())
+    assert moved(free.model, state(tight.model))
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_encoder_s_last_layer(world, tmp_path):
@@ -627,6 +673,17 @@ def test_nan_of_the_discriminator_stops_too(world, tmp_path):
         ({"adaptive": True, "detach": True}, "--losses.adaptive weighs gradients"),
         ({"adaptive": True, "patch": 0.0, "cls": 0.0}, "--losses.adaptive weighs gradients"),
         ({"equivariance": 0.5}, r"shrinks images of 32 px to 8 px, and the discriminator needs 24"),
+        ({"equivariance": 0.5, "perceptual": 1.0, "adversarial": 0.0}, r"of 32 px to 8 px, and LPIPS needs 16"),
+        (
+            {"size": 16},
+            r"images are of 16 px, and the discriminator needs 24: pass --losses.adversarial 0, or a larger",
+        ),
+        (
+            {"size": 8, "perceptual": 1.0, "adversarial": 0.0},
+            r"of 8 px, and LPIPS needs 16: pass --losses.perceptual 0",
+        ),
+        ({"mixed_precision": "fp16"}, r"fp16 has one loss scale, .*; wanted bf16 or no, or --losses.adversarial 0"),
+        ({"clip": -1.0}, r"--clip is -1.0; wanted at least 0"),
         ({"statistics_batches": 0}, r"--statistics-batches is 0; wanted at least 1"),
         ({"batch_size": 0}, r"--batch-size is 0; wanted at least 1"),
         ({"log_every": 0}, r"--log-every is 0; wanted at least 1"),
@@ -651,11 +708,17 @@ def test_options_that_do_not_go_together(world, tmp_path, monkeypatch, changes, 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_discriminator_takes_as_small_a_picture_as_is_said():
-    side = train_reals.FOR_PATCHGAN
-    assert losses.PatchDiscriminator()(images(2, side, side)).numel() > 0
-    with pytest.raises(RuntimeError, match="Kernel size"):
-        losses.PatchDiscriminator()(images(2, side - 1, side - 1))
+@pytest.mark.filterwarnings("ignore:.*pretrained.*:UserWarning", "ignore:.*weight enum.*:UserWarning")
+@pytest.mark.parametrize(
+    ("term", "error"), [("adversarial", "Kernel size"), ("perceptual", "Output size is too small")]
+)
+def test_a_term_takes_as_small_a_picture_as_is_said(random_lpips, term, error):
+    whose, side = script("reals_checks").SMALLEST[term]
+    lpips = train_reals.load_lpips()
+    network = losses.PatchDiscriminator() if whose == "the discriminator" else lambda shown: lpips(shown, -shown)
+    assert network(images(2, side, side)).numel() > 0
+    with pytest.raises(RuntimeError, match=error):
+        network(images(2, side - 1, side - 1))
 
 
 # The KL sweep
@@ -743,9 +806,8 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
     other = quick(validation=str(tmp_path / "other"), resume=True)
     assert other["kl1"]["frechet"] != pytest.approx(found["kl1"]["frechet"], rel=1e-3)
     assert times()[file] == before[file]
-    seeded = quick(kl=(1.0,), seed=1, resume=True)  # the VAE is trained, its generator is not
-    assert (tmp_path / "kl1" / "sit3-32px-seed1" / "frechet.json").exists()
-    assert seeded["kl1"]["frechet"] != pytest.approx(found["kl1"]["frechet"], rel=1e-3)
+    quick(kl=(1.0,), sit_steps=2, resume=True)  # the VAE is trained, its generator is not
+    assert (tmp_path / "kl1" / "sit2-32px-seed0" / "frechet.json").exists()
     assert times()[file] == before[file]
     assert list(found) == list(quick(sit_steps=0, resume=True))
     assert "frechet" not in json.loads((tmp_path / "kl_sweep.json").read_text())["kl1"]
@@ -781,6 +843,10 @@ def test_a_sweep_of_too_few_pictures_is_refused_before_anything_is_trained(world
         train(world, tmp_path, **chosen, validation_count=48)
     with pytest.raises(SystemExit, match=r"in the 768 features of vit_base_patch14_dinov2.lvd142m"):
         train(world, tmp_path, **chosen, validation_count=768, teacher=train_reals.Options.teacher)
+    with pytest.raises(SystemExit, match=r"the 6 readable pictures of .*labelled say nothing .* wanted more than 48"):
+        train(world, tmp_path, **chosen, validation_count=49)
+    with pytest.raises(SystemExit, match=r"the 8 readable pictures of .*/pictures say nothing"):
+        train(world, tmp_path, **chosen, validation_count=49, validation=str(world / "pictures"))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,5 @@
-"""SiT in our latents: its training resumes to the bit, its samples do not depend on who makes them, its numbers are
-named for what they are."""
+"""SiT in our latents: its size and first weights, and a training that resumes to the bit."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,39 +9,34 @@ import subprocess
 import time
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from psvae import PSVAE, PixelVAE, fit_latent_statistics, flow
+from psvae import PSVAE, PixelVAE, fit_latent_statistics
 from psvae.alignment import alignment_net
 from psvae.hub.statistics import write_mean_std
 from tests.base import assert_close, assert_equal
-from tests.examples.generator_world import command, environment, fresh_accelerator, png, run, script
+from tests.examples.generator_world import command, environment, fresh_accelerator, make_table, png, script
+from tests.examples.sit_world import CLASSES, SIZE, make_measured_vae, make_pictures, tiny_sit
 from tests.hub.server import commit_of
 from tests.hub.test_hub import fill_cache
 from tests.processes import in_processes
-from tests.tiny import fill_weights, images, latents, tiny_encoder, tiny_pixel_vae, tiny_psvae
+from tests.tiny import fill_weights, images, latents, tiny_pixel_vae, tiny_psvae
 
-train_sit, sample_sit, sampling, sit, labelled = map(script, ("train_sit", "sample_sit", "sampling", "sit", "labelled"))
-frechet, cache_latents = script("frechet"), script("cache_latents")
-SIZE, STEPS, CLASSES = 32, 6, 3
+train_sit, sampling, sit, labelled = map(script, ("train_sit", "sampling", "sit", "labelled"))
+cache_latents = script("cache_latents")
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Twelve images of three classes, their cached latents, a PSVAE with statistics, PixelVAEs with and without."""
     root = tmp_path_factory.mktemp("sit")
-    for number in range(12):
-        folder = root / "images" / f"class{number % CLASSES}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(png(number))
-    vae = fill_weights(tiny_psvae())
-    fit_latent_statistics(vae, [images(8)])
-    vae.save_pretrained(root / "vae")
+    make_pictures(root / "images")
+    make_measured_vae(root / "vae")
     pixel = fill_weights(tiny_pixel_vae(scaling_factor=1.0))
     pixel.save_pretrained(root / "unmeasured")
     for fields in ({}, {"moments": True}):
@@ -58,7 +51,7 @@ def world(tmp_path_factory):
 
 
 def options(world, output, data="images", **changes):
-    told = {name: changes.pop(name) for name in ("classes", "flip", "size") if name in changes}
+    told = {name: changes.pop(name) for name in ("classes", "flip", "size", "split") if name in changes}
     default = {
         "data": labelled.LabelledOptions(str(world / data), **{"size": SIZE, "workers": 0, **told}),
         "vae": str(world / "vae"), "model": "tiny/2", "output": output, "steps": STEPS, "batch_size": 4, "lr": 1e-3,
@@ -84,11 +77,6 @@ def command_line(world, output, *more, processes=1):
 
 def weights(output):
     return load_file(output / "model" / "diffusion_pytorch_model.safetensors")
-
-
-def tiny_sit(classes=CLASSES, **fields):
-    """With weights that say something: a fresh one returns zero."""
-    return fill_weights(sit.build_sit("tiny/2", 8, 4, classes, **fields)).eval()
 
 
 # The model
@@ -281,7 +269,7 @@ def test_a_nan_stops_saves_and_is_named(world, tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step0000001"]
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("clip", [None, 0.0, 1.0])
 def test_a_nan_gradient_of_a_finite_loss_spoils_nothing(world, unbroken, tmp_path, clip):
     """Older checkpoints stay too, and --resume goes on as if nothing had been."""
     fresh_accelerator()
@@ -300,7 +288,7 @@ def test_a_nan_gradient_of_a_finite_loss_spoils_nothing(world, unbroken, tmp_pat
     assert_equal(dict(training.model.named_parameters()).values(), before.values())
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step0000001", "step0000002"]
     train(world, tmp_path, clip=clip, resume=True)
-    if clip is None:
+    if not clip:
         assert_equal([weights(tmp_path)], [weights(unbroken)])
 
 
@@ -320,21 +308,35 @@ def test_starting_over_checkpoints_is_refused(world, unbroken):
         ({"size": 24}, r"latents are 3 x 3, which patches of 2 do not fill: take --patch-size 1"),
         ({"batch_size": 3, "accumulate": 2}, r"--batch-size 3 is not shared by 2 processes times --accumulate"),
         ({"data": "nowhere"}, r"nowhere holds no images"),
+        *(
+            ({name: 0}, rf"--{name.replace('_', '-')} is 0; wanted at least 1")
+            for name in train_sit.LEAST[1]
+            if "." not in name
+        ),
+        ({"classes": 0}, r"--data.classes is 0; wanted at least 1"),
+        ({"clip": -1.0}, r"--clip is -1.0; wanted at least 0"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
 def test_what_cannot_be_trained_is_said(world, tmp_path, changes, said):
     changes = dict(changes)
     if changes.get("vae") == "rae":
-        rae = fill_weights(tiny_psvae("rae"))
-        fit_latent_statistics(rae, [images(8)])
-        rae.save_pretrained(tmp_path / "rae")
+        make_measured_vae(tmp_path / "rae", "rae")
         changes["vae"] = str(tmp_path / "rae")
     elif "vae" in changes:
         changes["vae"] = str(world / changes["vae"])
     with pytest.raises(SystemExit, match=said):
         train(world, tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["log_every", "keep_checkpoints"])
+def test_a_training_refuses_too_small_numbers_by_itself(world, tmp_path, name):
+    """As generation.py builds it, without the program."""
+    fresh_accelerator()
+    asked = options(world, tmp_path, **{name: 0})
+    with pytest.raises(SystemExit, match=r"is 0; wanted at least 1"):
+        train_sit.Training(asked, train_sit.accelerator_for(asked, "no"))
 
 
 def test_a_cache_of_another_vae_is_refused(world, tmp_path):
@@ -352,13 +354,50 @@ def test_a_cache_of_another_vae_is_refused(world, tmp_path):
     assert train(world, tmp_path / "out", cache, vae=vae, steps=1) > 0
 
 
-def test_an_image_beside_the_classes_is_refused(world, tmp_path):
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_beside_the_classes_is_refused(world, tmp_path, capsys, cached):
+    """Where there are no subfolders at all, all is one class."""
     for name in ("a/0", "b/1", "2"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.png").write_bytes(png(0))
-    with pytest.raises(SystemExit, match="labels -1 are out of range; there are 2 classes"):
-        train(world, tmp_path / "out", data=tmp_path)
-    assert train(world, tmp_path / "out", data=tmp_path, classes=1, steps=1) > 0
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_bytes(png(0))
+
+    def data(folder, name):
+        if not cached:
+            return folder
+        fresh_accelerator()
+        output = tmp_path / name
+        cache_latents.main(cache_latents.Options(str(world / "vae"), str(folder), output, size=SIZE, workers=0))
+        return output
+
+    mixed = data(tmp_path / "images", "mixed")
+    if cached:
+        assert "2.png beside the subfolders, which are the classes, get the label 0" in capsys.readouterr().out
+    said = r"has 1 images without a class beside others that have one: 2.png. Wanted each in a subfolder"
+    with pytest.raises(SystemExit, match=said):
+        train(world, tmp_path / "out", data=mixed)
+    assert train(world, tmp_path / "out", data=mixed, classes=1, steps=1) > 0
+    flat = data(tmp_path / "images" / "a", "flat")
+    with pytest.raises(SystemExit, match="has no labels, or one class alone"):
+        train(world, tmp_path / "flat_out", data=flat)
+    if cached:  # taken out, and its shard made anew
+        (tmp_path / "images" / "2.png").unlink()
+        next(mixed.glob("latents_0*")).unlink()
+        data(tmp_path / "images", "mixed")
+        assert train(world, tmp_path / "again", data=mixed, steps=1) > 0
+
+
+def test_rows_without_a_label_are_refused(world, tmp_path):
+    make_table(tmp_path / "table" / "train-0.parquet", image=[png(row) for row in range(4)], label=[0, None, 1, None])
+    table = {"data": tmp_path / "table", "split": "train"}
+    with pytest.raises(SystemExit, match=r"has 2 images without a class .* have one: row 1, row 3\. Wanted"):
+        train(world, tmp_path / "out", **table)
+    assert train(world, tmp_path / "out", **table, classes=1, steps=1) > 0
+    asked = cache_latents.Options(
+        str(world / "vae"), str(tmp_path / "table"), tmp_path / "cache", split="train", size=SIZE, workers=0
+    )
+    with pytest.raises(SystemExit, match=r"table has no label in row 1, row 3; wanted one in each row: see --label"):
+        cache_latents.main(asked)
+    assert not (tmp_path / "cache").exists()
 
 
 @torch.no_grad()
@@ -422,276 +461,3 @@ def test_a_wrong_scale_is_warned_of(world, tmp_path, capsys, times, warned):
     train(world, tmp_path / "out", steps=4, resume=True, **asked)
     assert capsys.readouterr().err.count(SCALE) == warned
     assert alignment_net._FAR == train_sit.FAR
-
-
-# Sampling
-
-
-def sampling_options(world, unbroken, output, **changes):
-    default = {"model": str(unbroken / "model"), "vae": str(world / "vae"), "output": output, "count": 7,
-               "batch_size": 2, "steps": 4, "guidance": 1.5}  # fmt: skip
-    return sample_sit.Options(**{**default, **changes})
-
-
-def sample(world, unbroken, output, **changes):
-    fresh_accelerator()
-    sample_sit.main(sampling_options(world, unbroken, output, **changes))
-    with np.load(output.with_name(f"{output.name}.npz")) as content:
-        assert list(content) == ["arr_0"]
-        return content["arr_0"]
-
-
-def test_the_npz_is_what_adm_reads_whoever_makes_it(world, unbroken, tmp_path):
-    alone = sample(world, unbroken, tmp_path / "alone")
-    assert (alone.dtype, alone.shape) == (np.uint8, (7, SIZE, SIZE, 3))
-    assert len(np.unique(alone.reshape(7, -1), axis=0)) == 7
-    asked = sampling_options(world, unbroken, tmp_path / "two")
-    words = [(f"--{key.replace('_', '-')}", getattr(asked, key)) for key in ("model", "vae", "output", "count")]
-    words += [("--batch-size", 2), ("--steps", 4), ("--guidance", 1.5)]
-    run(command("sample_sit", *(word for pair in words for word in pair), processes=2))
-    with np.load(tmp_path / "two.npz") as content:
-        assert np.array_equal(content["arr_0"], alone)
-    (tmp_path / "alone" / "0000002.npy").unlink()  # as a kill would leave it
-    before = (tmp_path / "alone" / "0000000.npy").stat().st_mtime_ns
-    assert np.array_equal(sample(world, unbroken, tmp_path / "alone"), alone)
-    assert (tmp_path / "alone" / "0000000.npy").stat().st_mtime_ns == before
-    with pytest.raises(SystemExit, match=r"holds pictures of another run.*\(seed: 0 before, 1 now\)"):
-        sample(world, unbroken, tmp_path / "alone", seed=1)
-
-
-@pytest.mark.parametrize(
-    "how",
-    [{"guidance": 3.0}, {"guidance_interval": (0.0, 0.5)}, {"solver": "euler"}, {"solver": "heun"}, {"diffusion": 2.0},
-     {"last_step": 0.3}, {"shift": 3.0}, {"seed": 1}, {"classes": (1,)}, {"dtype": "bfloat16"}],
-    ids=lambda how: next(iter(how)),
-)  # fmt: skip
-def test_every_option_of_sampling_counts(world, tmp_path, how):
-    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
-    sit.save_sit(tiny_sit(), vae.latent_spec, tmp_path / "model")  # a trained one would be needed for hours
-    samplers = [
-        sample_sit.Sampler(sampling_options(world, tmp_path, tmp_path, **more), torch.device("cpu"))
-        for more in ({}, how)
-    ]
-    assert not np.array_equal(*(sampler(range(2))[0] for sampler in samplers))
-
-
-def test_classes_are_drawn_or_taken_in_turn(world, unbroken, tmp_path):
-    def classes(**how):
-        sampler = sample_sit.Sampler(sampling_options(world, unbroken, tmp_path, **how), torch.device("cpu"))
-        return [sampler.class_of(number) for number in range(9)]
-
-    assert classes(balanced=True) == [0, 1, 2] * 3
-    assert classes(classes=(2, 0)) == [2, 0, 2, 0, 2, 0, 2, 0, 2]
-    assert set(classes()) == {0, 1, 2}
-    assert classes() != classes(seed=1)
-    with pytest.raises(SystemExit, match="labels 3 are out of range; there are 3 classes, 0 to 2"):
-        classes(classes=(3,))
-
-
-def test_a_vae_of_other_latents_is_refused(world, tmp_path):
-    other = fill_weights(tiny_psvae("rae"))
-    fit_latent_statistics(other, [images(8)])
-    other.save_pretrained(tmp_path / "rae")
-    sit.save_sit(tiny_sit(), tiny_psvae().latent_spec, tmp_path / "model")
-    (tmp_path / "model" / sit.STATISTICS).unlink()  # they would not fit either
-    with pytest.raises(SystemExit, match=r"rae have 48 channels and the SiT .*model makes 8; wanted the --vae"):
-        sample(world, tmp_path, tmp_path / "out", vae=str(tmp_path / "rae"))
-
-
-@torch.no_grad()
-def test_saved_latents_are_what_the_pictures_are_decoded_from(world, unbroken, tmp_path):
-    """In batches that another run of the same command does not make again."""
-    pictures = sample(world, unbroken, tmp_path / "made", save_latents=True)
-    assert np.array_equal(pictures, sample(world, unbroken, tmp_path / "plain"))
-    assert not (tmp_path / "plain-latents.npz").exists()
-
-    def latents_of():
-        with np.load(tmp_path / "made-latents.npz") as content:
-            assert list(content) == ["latents"]
-            return content["latents"]
-
-    made = latents_of()
-    assert (made.dtype, made.shape) == (np.float32, (7, 8, 4, 4))
-    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
-    decoded = sampling.decode(vae, torch.from_numpy(made))
-    seen = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
-    assert float((decoded - seen).abs().max()) < 0.6 / 127.5
-    (tmp_path / "made" / "0000004.npy").unlink()  # killed after the latents were written
-    sample(world, unbroken, tmp_path / "made", save_latents=True)
-    assert np.array_equal(latents_of(), made)
-
-
-@torch.no_grad()
-def test_guidance_of_1_is_none():
-    model, x, sigmas, labels = tiny_sit(), latents(), torch.tensor([0.3, 0.8]), torch.tensor([0, 2])
-    plain = sit.velocity(model, x, sigmas, labels)
-    assert_equal([sit.guided_velocity(model, labels, flow.Guidance(1.0))(x, sigmas)], [plain])
-    half = sit.guided_velocity(model, labels, flow.Guidance(4.0, interval=(0.0, 0.5)))(x, sigmas)
-    assert_close([half[1]], [plain[1]])
-    none = sit.velocity(model, x, sigmas, torch.full_like(labels, CLASSES))
-    assert_close([half[0]], [none[0] + 4 * (plain[0] - none[0])])
-
-
-def test_an_sde_without_diffusion_is_euler():
-    model, noise, sigmas = tiny_sit(), latents(seed=3), sample_sit.schedule("sde", 5)
-    velocity = sit.guided_velocity(model, torch.tensor([0, 1]), flow.Guidance(1.0))
-    draws = iter([noise, *(latents(seed=seed) for seed in range(10, 20))])
-    assert_equal(
-        [sample_sit.euler_maruyama(velocity, lambda: next(draws), sigmas, 0.0)], [flow.sample(velocity, noise, sigmas)]
-    )
-
-
-@pytest.mark.parametrize("diffusion", [0.5, 1.0, 2.0])
-def test_an_sde_ends_in_the_data_whatever_its_diffusion(diffusion):
-    """Of Gaussian data N(m, s²) the velocity is known."""
-    mean, std = 0.7, 0.5
-
-    def velocity(x, sigmas):
-        at = sigmas[:, None]
-        seen = (x - (1 - at) * mean) / ((1 - at).square() * std**2 + at.square())
-        return at * seen - (mean + (1 - at) * std**2 * seen)
-
-    generator = torch.Generator().manual_seed(0)
-    made = sample_sit.euler_maruyama(
-        velocity, lambda: torch.randn(20_000, 1, generator=generator), sample_sit.schedule("sde", 250, 0.004), diffusion
-    )
-    assert float(made.mean()) == pytest.approx(mean, abs=0.02)
-    assert float(made.std()) == pytest.approx(std, rel=0.02)
-
-
-def test_the_schedule_of_an_sde_is_sits():
-    sigmas = sample_sit.schedule("sde", 250)
-    assert len(sigmas) == 251
-    assert_close([sigmas[-2:]], [torch.tensor([0.04, 0.0])])
-    with pytest.raises(SystemExit, match="an SDE of 1 steps"):
-        sample_sit.schedule("sde", 1)
-
-
-# Distances
-
-
-def gaussian(mean, covariance, count=50, seed=0):
-    """Rows whose mean and covariance are exactly these."""
-    rows = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    rows = rows - rows.mean(0)
-    white = rows @ torch.linalg.inv(torch.linalg.cholesky(rows.T.cov())).T
-    return white @ torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64)).T + torch.tensor(mean)
-
-
-def test_the_distance_of_two_gaussians():
-    first, second = gaussian([0.0, 1.0], [[4.0, 0.0], [0.0, 1.0]]), gaussian([3.0, 5.0], [[1.0, 0.0], [0.0, 9.0]], 70)
-    assert frechet.frechet_distance(first, second) == pytest.approx(25 + 1 + 4)  # |μ|² + Σ (σ₁ − σ₂)², axis by axis
-    assert frechet.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-    one, two = gaussian([0.0, 0.0], [[2.0, 0.9], [0.9, 1.0]]), gaussian([0.0, 0.0], [[1.0, -0.5], [-0.5, 3.0]])
-    product = one.T.cov() @ two.T.cov()  # of 2 x 2: Tr √M = √(Tr M + 2 √det M)
-    between = torch.sqrt(product.trace() + 2 * product.det().sqrt())
-    assert frechet.frechet_distance(one, two) == pytest.approx(float(7 - 2 * between))
-    with pytest.raises(SystemExit, match="the features hold NaN"):
-        frechet.frechet_distance(first * math.nan, second)
-
-
-def random_inception(file):
-    """Of torch-fidelity, as it comes from its file: random weights, each layer normalised over two pictures."""
-    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="comes with psvae[train]")
-
-    class Fresh(fidelity.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state):
-            """Nothing to load yet."""
-
-    torch.save({}, file)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Fresh("inception-v3-compat", ["2048"], str(file))
-        for layer in network.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.momentum = 1.0
-        network.train()(torch.from_numpy(pixels(2, 0)).permute(0, 3, 1, 2))
-        torch.nn.init.normal_(network.fc.weight, std=0.02)
-    torch.save(network.state_dict(), file)
-    return fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(file))
-
-
-def pixels(count, seed, brightest=255):
-    """uint8 N H W 3."""
-    return np.random.default_rng(seed).integers(0, brightest, (count, SIZE, SIZE, 3), dtype=np.uint8)
-
-
-@torch.no_grad()
-def test_inceptions_numbers_are_those_of_torch_fidelity(tmp_path, monkeypatch):
-    """By its own functions, of features taken one by one; manifolds and score as ADM's evaluator writes them."""
-    network = random_inception(tmp_path / "inception.pth")
-    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
-    monkeypatch.setattr(frechet, "SCORED", 3)  # more than one score to average
-    sets = {"samples": pixels(6, 1, brightest=9), "reference": pixels(4, 2, brightest=240)}
-    sets["samples"][1:] += sets["reference"][0]  # five alike, and a black one
-    for name, array in sets.items():
-        np.savez(tmp_path / f"{name}.npz", arr_0=array)
-    numbers = frechet.main(
-        frechet.Options(
-            samples=str(tmp_path / "samples.npz"), reference=str(tmp_path / "reference.npz"), batch_size=4, workers=0,
-            inception=tmp_path / "inception.pth",
-        )
-    )  # fmt: skip
-    assert list(numbers) == ["samples", "reference", "fid", "sfid", "is", "precision", "recall"]
-
-    maps = []
-    network.Mixed_6d.branch1x1.bn.register_forward_hook(lambda _module, _inputs, output: maps.append(output.clone()))
-    made, real = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in sets.values())
-    (made, logits), (real, _) = network(made), network(real)
-    spatial = [found[:, :7].relu().permute(0, 2, 3, 1).flatten(1) for found in maps]  # ADM: mixed_6/conv, [..., :7]
-    assert spatial[0].shape == (6, 2023)
-
-    def distance(first, second):
-        basis = torch.linalg.qr(torch.cat([first, second]).double().T).Q  # their span, where it is the same
-        statistics = [metric_fid.fid_features_to_statistics(rows.double() @ basis) for rows in (first, second)]
-        return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
-
-    assert numbers["fid"] == pytest.approx(distance(made, real), rel=1e-3)
-    assert numbers["sfid"] == pytest.approx(distance(*spatial), rel=1e-3)
-    parts = logits.double().softmax(1).split(3)
-    scores = [math.exp((part * (part.log() - part.mean(0, keepdim=True).log())).sum(1).mean()) for part in parts]
-    assert numbers["is"] == pytest.approx(np.mean(scores), rel=1e-3)
-    assert numbers["is"] > 1.01
-
-    def inside(points, others):
-        """Of the points, those within some other's distance to its third nearest neighbour."""
-        radii = torch.tensor([sorted((one - other).norm() for other in others)[3] for one in others])
-        return np.mean(
-            [any((point - one).norm() <= r for one, r in zip(others, radii, strict=True)) for point in points]
-        )
-
-    assert numbers["precision"] == pytest.approx(inside(made, real)) == pytest.approx(5 / 6)
-    assert numbers["recall"] == pytest.approx(inside(real, made))
-    assert numbers["precision"] != numbers["recall"]
-
-
-def test_three_pictures_have_no_third_neighbour(tmp_path):
-    pytest.importorskip("torch_fidelity", reason="comes with psvae[train]")
-    (tmp_path / "inception.pth").touch()
-    np.savez(tmp_path / "few.npz", arr_0=pixels(3, 1))
-    few = str(tmp_path / "few.npz")
-    with pytest.raises(SystemExit, match=r"3 pictures came, .*the 3 nearest others: wanted more of each"):
-        frechet.main(frechet.Options(samples=few, reference=few, inception=tmp_path / "inception.pth", workers=0))
-
-
-def test_the_distance_is_named_for_its_encoder_and_never_fid(world, tmp_path, capsys):
-    fill_weights(tiny_encoder()).save_pretrained(tmp_path / "teacher")
-    files = sorted((world / "images").rglob("*.png"))
-    np.savez(tmp_path / "samples.npz", arr_0=np.stack([np.array(Image.open(file)) for file in files]))
-    asked = frechet.Options(
-        samples=str(tmp_path / "samples.npz"), reference=str(world / "images"), encoder=str(tmp_path / "teacher"),
-        inception=tmp_path / "none.pth", workers=0, output=tmp_path / "numbers.json",
-    )  # fmt: skip
-    numbers = frechet.main(asked)
-    assert numbers["frechet_distance"] == pytest.approx(0, abs=1e-6)  # the same pictures
-    assert numbers["features"].startswith(str(tmp_path / "teacher"))
-    assert set(numbers) == {"samples", "reference", "frechet_distance", "features"}
-    assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
-    assert "no FID, sFID, Inception score, precision and recall:" in capsys.readouterr().out
-    halved = dataclasses.replace(asked, samples=str(world / "images" / "class0"), size=SIZE)
-    assert frechet.main(halved)["frechet_distance"] > 0.01
-    with pytest.raises(SystemExit, match="nothing to measure with: pass --encoder"):
-        frechet.main(dataclasses.replace(asked, encoder=None))
-    np.savez(tmp_path / "wrong.npz", arr_0=np.zeros((2, 3, 8, 8), np.float32))
-    with pytest.raises(SystemExit, match=r"holds float32 of shape \(2, 3, 8, 8\); wanted uint8, N H W 3"):
-        frechet.main(dataclasses.replace(asked, samples=str(tmp_path / "wrong.npz")))
