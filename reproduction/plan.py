@@ -7,6 +7,7 @@ from reproduction.spaces import ABLATED, CONVOLUTIONAL, PHASES, PS_VAE, SWEEP
 
 MAIN = ("rae", "s-vae", PS_VAE, "rae-hd", "p-vae")  # Tables 2, 4 and 6
 GENERATED = ("rae-hd", "rae", "s-vae", PS_VAE, "p-vae", "mlp", *CONVOLUTIONAL)
+MEANS = f"{PS_VAE}-means"  # PS-VAE, with a generator of its posterior's means
 SEEDS = (0, 1, 2)  # of the generators, and of the MAIN spaces
 
 

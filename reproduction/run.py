@@ -25,7 +25,7 @@ from checkpoints import changed, write_text  # noqa: E402
 
 from psvae import PSVAE, SemanticEncoder  # noqa: E402
 from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
-from reproduction.plan import GENERATED, MAIN, QUICK, SEEDS, WHOLE, Plan, ablations, phases_of  # noqa: E402
+from reproduction.plan import GENERATED, MAIN, MEANS, QUICK, SEEDS, WHOLE, Plan, ablations, phases_of  # noqa: E402
 from reproduction.plan import spaces as all_spaces  # noqa: E402
 from reproduction.training import Machine, Recipe  # noqa: E402
 
@@ -135,10 +135,12 @@ def moved(run: Run) -> dict[str, Any]:
 
 def generator(run: Run, name: str, seed: int, moments: dict[str, generation.Moments]) -> dict[str, Any]:
     """One generator in one space; its measures against training steps."""
-    vae = spaces.load_space(name, run.spaces(), run.machine)
+    vae = spaces.load_space(spaces.PS_VAE if name == MEANS else name, run.spaces(), run.machine)
     if name not in moments:  # of all seeds; one space at a time is held
         moments.clear()
         moments[name] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
+        if name == MEANS:
+            moments[name].std.zero_()
     folder = run.output / "generators" / f"{name}-{seed}"
     file = folder / "curve.json"
     curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -183,7 +185,7 @@ def stages(run: Run) -> Iterator[Stage]:
         yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
     yield "toy", toy
     moments: dict[str, generation.Moments] = {}
-    for name in GENERATED:
+    for name in (*GENERATED, MEANS):
         for seed in SEEDS:
             yield f"generator-{name}-{seed}", lambda run, name=name, seed=seed: generator(run, name, seed, moments)
     for seed in SEEDS[1:]:
