@@ -30,7 +30,13 @@ from measures import picture_measures  # noqa: E402
 from torchvision.transforms.functional import to_pil_image  # noqa: E402
 
 from psvae import (  # noqa: E402
-    PSVAE, PixelDecoderConfig, PixelVAE, PixelVAEConfig, PSVAEConfig, SemanticEncoder, SemanticEncoderConfig,
+    PSVAE,
+    PixelDecoderConfig,
+    PixelVAE,
+    PixelVAEConfig,
+    PSVAEConfig,
+    SemanticEncoder,
+    SemanticEncoderConfig,
     SemanticVAEConfig,
 )  # fmt: skip
 from psvae.encoders import PixelEncoderConfig  # noqa: E402
