@@ -30,10 +30,10 @@ class Sizes:
 
     width: int = 128
     layers: int = 4
-    head_width: int = 256
-    samples: int = 2000
-    updates: int = 20
-    measured: int = 4
+    head_width: int = 192
+    samples: int = 1000
+    updates: int = 15
+    measured: int = 3
     """Times, evenly over the steps."""
     pictures: int = 25_000
     """Of the training split, whose latents it learns."""

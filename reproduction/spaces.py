@@ -85,7 +85,7 @@ class Phase:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-SWEEP = (4, 8, 16, 32, 64)
+SWEEP = (4, 8, 16, 48)  # 48 numbers are as many as a cell has pixels
 
 
 def two_stages(name: str, **fields: Any) -> dict[str, Phase]:

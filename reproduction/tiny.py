@@ -3,8 +3,8 @@
     python -m reproduction.tiny --cifar cifar10/ --photographs photographs/
 
 Both folders are in the Hugging Face parquet layout, with splits train and test. The encoder learns the labels of
-CIFAR-10, enlarged; the tokenizer learns photographs and CIFAR-10's pictures, by examples/train_tokenizer.py; a plain VAE
-of the same size learns the same, by examples/train_reals.py. Each part is kept in --output and not made again. What
+CIFAR-10, enlarged; the tokenizer learns photographs and CIFAR-10's pictures, by examples/train_tokenizer.py; a plain
+VAE of the same size learns the same, by examples/train_reals.py. Each part is kept in --output and not made again. What
 the package then has is written to --package: half precision, with the numbers of held-out pictures in its card.
 """
 
@@ -49,7 +49,7 @@ WIDTH, DEPTH, STRIDE, PATCH = 128, 6, 16, 8
 CHANNELS = 64
 ENLARGED = 128  # side of a CIFAR-10 picture, so that it has 8 x 8 tokens
 DECODER: dict[str, Any] = {
-    "base_channels": 16, "channel_multipliers": (1, 2, 4, 6, 6), "num_res_blocks": 1, "norm_groups": 8,
+    "base_channels": 16, "channel_multipliers": (1, 2, 4, 5, 6), "num_res_blocks": 1, "norm_groups": 8,
     "attention_levels": 0,
 }  # fmt: skip
 SMALLER: dict[str, Any] = DECODER | {"num_res_blocks": 2}  # of the plain VAE's encoder, to make the two of one size
@@ -67,9 +67,9 @@ class Options:
     package: Path = Path("outputs/tiny/psvae-tiny")
     share: float = 1.0
     """Of all steps."""
-    encoder_steps: int = 6000
-    steps1: int = 1500
-    steps2: int = 6000
+    encoder_steps: int = 3500
+    steps1: int = 1000
+    steps2: int = 4500
     batch_size: int = 8
     cifar_pictures: int = 3000
     """Of CIFAR-10 that the tokenizer learns, beside as many views of the photographs."""
@@ -166,7 +166,7 @@ def train_psvae(options: Options, data: Path) -> None:
     encoder = SemanticEncoder.from_pretrained(options.output / "encoder")
     config = PSVAEConfig(
         encoder.config,
-        SemanticVAEConfig(WIDTH, CHANNELS, depth=2, num_heads=WIDTH // 32, mlp_dim=4 * WIDTH, initial_logvar=-4.0),
+        SemanticVAEConfig(WIDTH, CHANNELS, depth=1, num_heads=WIDTH // 32, mlp_dim=4 * WIDTH, initial_logvar=-4.0),
         PixelDecoderConfig(CHANNELS, **DECODER),
     )
     file = options.output / "psvae.json"
