@@ -49,10 +49,10 @@ WIDTH, DEPTH, STRIDE, PATCH = 128, 6, 16, 8
 CHANNELS = 64
 ENLARGED = 128  # side of a CIFAR-10 picture, so that it has 8 x 8 tokens
 DECODER: dict[str, Any] = {
-    "base_channels": 16, "channel_multipliers": (1, 2, 4, 5, 6), "num_res_blocks": 1, "norm_groups": 8,
+    "base_channels": 16, "channel_multipliers": (1, 2, 4, 5, 5), "num_res_blocks": 1, "norm_groups": 8,
     "attention_levels": 0,
 }  # fmt: skip
-SMALLER: dict[str, Any] = DECODER | {"num_res_blocks": 2}  # of the plain VAE's encoder, to make the two of one size
+DEEPER: dict[str, Any] = DECODER | {"num_res_blocks": 4}  # of the plain VAE's encoder, to make the two of one size
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def train_plain(options: Options, data: Path) -> None:
     output = options.output / "plain"
     if (output / "metrics.json").exists():
         return
-    encoder = PixelEncoderConfig(latent_channels=CHANNELS, **SMALLER)
+    encoder = PixelEncoderConfig(latent_channels=CHANNELS, **DEEPER)
     config = PixelVAEConfig(encoder, PixelDecoderConfig(CHANNELS, **DECODER))
     file = options.output / "plain.json"
     write_text(file, json.dumps(config.to_dict()))
