@@ -37,7 +37,7 @@ from psvae import (
     save_reals,
 )
 from psvae.encoders import PixelEncoderConfig
-from reproduction.cifar import SIDE, Split
+from reproduction.cifar import SIDE, Split, to_images
 from reproduction.classifiers import PATCH
 from reproduction.training import Machine, Recipe, fit
 
@@ -116,7 +116,10 @@ ABLATED: dict[str, dict[str, Phase]] = {
         **two_stages("mse-alone", weights=Weights(cosine=0.0)),
         **two_stages("cosine-alone", weights=Weights(mse=0.0)),
     },
-    "first weights of the blocks": {**two_stages("from-encoder", changes={"block_init": "encoder"})},
+    "first weights of the blocks": {
+        **two_stages("fresh-unscaled", changes={"layer_scale": None}),
+        **two_stages("from-encoder", changes={"layer_scale": None, "block_init": "encoder"}),  # which has none
+    },
 }
 PHASES |= {name: phase for group in ABLATED.values() for name, phase in group.items()}
 CONVOLUTIONAL = ("plain", "reals")
@@ -184,8 +187,8 @@ def psvae_loss(model: nn.Module, frozen: nn.Module, images: Tensor, phase: Phase
 def keep(model: PSVAE | PixelVAE, folder: Path, train: Split, machine: Machine) -> None:
     """Its statistics fitted; the weights in place of the training's state."""
     model.eval()
-    batches = (train.images(slice(at, at + 250)).to(machine.device) for at in range(0, STATISTICS_PICTURES, 250))
-    fit_latent_statistics(model, batches)
+    seen = train.pictures[:STATISTICS_PICTURES].split(250)
+    fit_latent_statistics(model, (to_images(part).to(machine.device) for part in seen))
     if isinstance(model, PSVAE):
         model.save_pretrained(folder)
     (folder / "state.pt").unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Source:
         path = Path(repo_or_folder)
         self.file = path.name if path.is_file() else None
         self.folder = path.parent if path.is_file() else path if path.is_dir() else None
-        packaged = sorted(model.name for model in _PACKAGED.iterdir())
+        packaged = sorted(file.parent.name for file in _PACKAGED.glob(f"*/{CONFIG}"))
         if self.folder is None and self.name in packaged:
             self.folder = _PACKAGED / self.name
         if self.folder is None and not _REPO_ID.fullmatch(self.name):
