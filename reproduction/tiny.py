@@ -95,8 +95,23 @@ def main(options: Options) -> dict[str, Any]:
     write_text(options.output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))
     command = "python -m reproduction.tiny --cifar cifar10/ --photographs photographs/"
-    vae.half().save_pretrained(options.package, training_command=command, metrics=numbers["psvae-tiny"])
+    vae.half().save_pretrained(
+        options.package, training_command=command, training_data=data_in_words(options), metrics=numbers["psvae-tiny"]
+    )
     return numbers
+
+
+def data_in_words(options: Options) -> str:
+    """For the card."""
+    count = len(open_table(str(options.photographs), "train"))
+    return (
+        f"The encoder: the labels of CIFAR-10's 50 000 training pictures, enlarged to {ENLARGED} px, "
+        f"{steps_of(options, options.encoder_steps)} steps of 128. The tokenizer: {count} photographs of ImageNet and "
+        f"{options.cifar_pictures} of these pictures, random crops of {ENLARGED} px, stage 1 of "
+        f"{steps_of(options, options.steps1)} steps and stage 2 of {steps_of(options, options.steps2)}, batches of "
+        f"{options.batch_size}. Seed {options.seed}. Measured on photographs at 256 px and, the probes, on CIFAR-10's "
+        "test pictures, enlarged likewise."
+    )
 
 
 def steps_of(options: Options, steps: int) -> int:
