@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from cache_latents import some
 from checkpoints import write_text
-from data import IMAGE_ENDINGS, center_transform, read_image
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
+from measures import eight_bits
 from sampling import plain_errors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -62,7 +64,11 @@ class Options:
 
 
 class Pictures(Dataset):
-    """uint8 3 H W, of an .npz or a folder."""
+    """uint8 3 H W, of an .npz or a folder; or why it cannot be read.
+
+    Attributes:
+        shape: (3, H, W) of each.
+    """
 
     def __init__(self, source: str, size: int) -> None:
         self.files: list[Path] = []
@@ -74,14 +80,18 @@ class Pictures(Dataset):
             self.array = read_pictures(source)
         if len(self) < 2:
             raise SystemExit(f"{source} holds {len(self)} pictures; wanted two or more")
+        self.shape = (3, *self.array.shape[1:3])
 
     def __len__(self) -> int:
         return len(self.files) or len(self.array)
 
-    def __getitem__(self, place: int) -> Tensor:
-        if self.files:
-            return (self.crop(read_image(self.files[place])) * 127.5 + 127.5).round().byte()
-        return torch.from_numpy(self.array[place]).permute(2, 0, 1)
+    def __getitem__(self, place: int) -> Tensor | str:
+        if not self.files:
+            return torch.from_numpy(self.array[place]).permute(2, 0, 1)
+        try:
+            return eight_bits(self.crop(read_image(self.files[place])))
+        except UNREADABLE as error:
+            return f"{self.files[place]} ({error})"
 
 
 def read_npz(file: str | Path) -> dict[str, np.ndarray]:
@@ -113,9 +123,24 @@ def read_pictures(source: str) -> np.ndarray:
 
 @torch.no_grad()
 def features_of(pictures: Dataset, read: Callable[[Tensor], Tensor], options: Options, device: torch.device) -> Tensor:
-    """``N D`` in float64: what ``read`` says of uint8 batches."""
-    loader = DataLoader(pictures, options.batch_size, num_workers=options.workers)
-    return torch.cat([read(batch.to(device)).double().cpu() for batch in loader])
+    """``N D`` in float64: what ``read`` says of uint8 batches.
+
+    Raises:
+        SystemExit: some cannot be read; all of them are named.
+    """
+    found: list[Tensor] = []
+    faults: list[str] = []
+    loader = DataLoader(pictures, options.batch_size, num_workers=options.workers, collate_fn=list)
+    for batch in loader:
+        faults += [picture for picture in batch if isinstance(picture, str)]
+        if not faults:  # else the rest is read to name all at once
+            found.append(read(torch.stack(batch).to(device)).double().cpu())
+    if faults:
+        raise SystemExit(
+            f"{len(faults)} pictures cannot be read: {some(faults)}; wanted all of them, for the distance is of sets: "
+            "mend or remove them"
+        )
+    return torch.cat(found)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -205,10 +230,9 @@ def main(options: Options) -> dict[str, Any]:
         if options.encoder is None:
             raise SystemExit("nothing to measure with: pass --encoder, a SemanticEncoder, or bring Inception")
     samples = Pictures(options.samples, options.size)
-    side = samples[0].shape[-1]
-    reference = Pictures(options.reference, side)
-    if reference[0].shape != samples[0].shape:
-        raise SystemExit(f"samples are {tuple(samples[0].shape)}, the reference {tuple(reference[0].shape)}")
+    reference = Pictures(options.reference, samples.shape[-1])
+    if reference.shape != samples.shape:
+        raise SystemExit(f"samples are {samples.shape}, the reference {reference.shape}")
     numbers: dict[str, Any] = {"samples": len(samples), "reference": len(reference)}
     if not absent:
         numbers |= inception_measures(samples, reference, weights, options, device)

@@ -78,6 +78,11 @@ def measure_aligned(
     return numbers | {"latent_std": float(spread), "active_channels": active_channels(means, variances)}
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """uint8, of images in [-1, 1]; what lies beyond is clamped."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
 def picture_measures(sample: Tensor, images: Tensor) -> dict[str, Tensor]:
     """psnr, ssim, and lpips where its weights are on this machine, of reconstructions ``B 3 H W``."""
     shown, lpips = sample.float().clamp(-1, 1), _local_lpips()
