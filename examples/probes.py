@@ -124,7 +124,8 @@ def refuse_too_large(options: Any, vae: PSVAE | PixelVAE, probe: Probe, name: st
         )
 
 
-def probed(rows: Rows, learned: Rows, probe: Probe, options: Any) -> dict[str, dict[str, Any]]:
+def probed(rows: Rows, learned: Rows, probe: Probe, options: Any, latent: str) -> dict[str, dict[str, Any]]:
+    """Each number with what belongs to its protocol; ``latent`` says what was read."""
     read_as = {"pooled": "mean over the cells of the latent", "flat": "all numbers of the latent"}
     names = sorted(set(probe.known.values()))
 
@@ -147,7 +148,7 @@ def probed(rows: Rows, learned: Rows, probe: Probe, options: Any) -> dict[str, d
             numbers[f"{name}_{form}"] = {
                 "value": value,
                 "measure": f"top-1 accuracy: {PROTOCOL[name]}, each number standardised by those learned from",
-                "latent": f"the posterior's mean; {read_as[form]}, {known[0].shape[1]} numbers",
+                "latent": f"{latent}; {read_as[form]}, {known[0].shape[1]} numbers",
                 "labels": probe.said,
             } | ({"warning": "; ".join(spoken)} if spoken else {})
     return numbers

@@ -30,8 +30,8 @@ def numbers_of(
     }
     numbers["ssim"] = {
         "value": float(rows["ssim"].mean()),
-        "measure": "SSIM of each channel, pixels in [0, 1] with data range 1, K 0.01 and 0.03, Gaussian window of 11 x 11 "
-        f"pixels and σ 1.5, borders mirrored, mean over pictures ({metrics})",
+        "measure": "SSIM of each channel, pixels in [0, 1] with data range 1, K 0.01 and 0.03, Gaussian window of "
+        f"11 x 11 pixels and σ 1.5, borders mirrored, mean over pictures ({metrics})",
     }
     if "lpips" in rows:
         numbers["lpips"] = {
@@ -68,7 +68,7 @@ def numbers_of(
             "posterior's mean / mean of its variance)",
             "latent": "the posterior's mean and variance",
         }
-    return numbers | (probed(rows, learned, probe, options) if probe is not None else {})
+    return numbers | (probed(rows, learned, probe, options, mean_of(vae)) if probe is not None else {})
 
 
 def active_of(moments: Tensor, cells: int) -> float:
@@ -78,12 +78,22 @@ def active_of(moments: Tensor, cells: int) -> float:
     return active_share((square - mean.square()) * count / max(1, count - 1), noise)
 
 
+def has_posterior(vae: PSVAE | PixelVAE) -> bool:
+    return not isinstance(vae, PSVAE) or vae.vae is not None
+
+
+def mean_of(vae: PSVAE | PixelVAE) -> str:
+    """In words."""
+    return "the posterior's mean" if has_posterior(vae) else "the encoder's features, no posterior"
+
+
 def protocol_of(vae: PSVAE | PixelVAE, found: Pass, pictures: Pictures, options: Any) -> dict[str, str]:
     """What all numbers of a codec have in common."""
     device = vae.device
     precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[options.precision]
     if device.type == "cuda" and options.precision == "no" and torch.backends.cudnn.allow_tf32:
         precision += ", convolutions in TF32"
+    draws = options.sample and has_posterior(vae)
     enlarged, split = int(found.rows["enlarged"].sum()), f", split {options.split}" if options.split else ""
     said = {
         "pictures": f"{len(found.rows['place'])} of the {len(pictures)} of {options.data}{split}"
@@ -91,12 +101,10 @@ def protocol_of(vae: PSVAE | PixelVAE, found: Pass, pictures: Pictures, options:
         "resize": f"short side to {options.size} pixels, bilinear with antialiasing (Pillow)"
         + (f"; {enlarged} were smaller and are enlarged" if enlarged else ""),
         "crop": f"centre, {options.size} x {options.size}",
-        "latent": f"a draw of the posterior, seed {options.seed}" if options.sample else "the posterior's mean",
+        "latent": f"a draw of the posterior, seed {options.seed}" if draws else mean_of(vae),
         "reconstruction": "clamped to [-1, 1] and rounded to 8 bits",
         "precision": f"{precision}, on {device.type}",
     }
-    if isinstance(vae, PSVAE) and vae.vae is None:
-        said["latent"] = "the encoder's features, no posterior"
     if found.left_out:
         said["left_out"] = f"{len(found.left_out)} that cannot be read: {', '.join(found.left_out)}"
     return said

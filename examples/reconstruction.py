@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from cache_latents import Images, some
+from cache_latents import Images, generators_of, some
 from cache_latents import Options as ImageOptions
 from checkpoints import write_whole
 from data import center_transform, spread
@@ -254,7 +254,7 @@ class Meters:
             SystemExit: a reconstruction holds NaN or infinity.
         """
         images = as_images(pixels)
-        generators = [torch.Generator().manual_seed(self.seed * 2**32 + place) for place in places]
+        generators = generators_of(self.seed, places)
         with self.accelerator.autocast():
             output = vae(images, sample_posterior=self.sample, generator=generators)
             whole = output.sample.flatten(1).isfinite().all(dim=1)
