@@ -304,7 +304,8 @@ def main(options: Options) -> dict[str, Any]:
             numbers = numbers_of(vae, found, reference.rows, learned.rows, probe, options)
             common = protocol_of(vae, found, pictures, options)
             results.append(result_of(name, vae, weights[name], numbers, common))
-            write_text(options.output, json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+            text = json.dumps({"settings": settings, "results": results}, indent=2, ensure_ascii=False)
+            write_text(options.output, text + "\n")
             for file in [*found.files, *learned.files]:
                 file.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
