@@ -13,8 +13,10 @@ or draw, precision, extractor, reference. A run that was killed goes on by the s
 to the same file by naming it. Parts lie in a folder beside the file until their codec's numbers are in it.
 """
 
+import importlib
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from cache_latents import Options as ImageOptions
 from cache_latents import digest_of, some
 from checkpoints import changed, write_text
@@ -190,10 +193,9 @@ def inception_file(options: Options, accelerator: Accelerator) -> Path | None:
         raise SystemExit(f"no rFID: {absent}")
     if absent and options.allow_download:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
+            address = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").URL_INCEPTION_V3
             with accelerator.main_process_first():
-                torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", progress=False)
+                torch.hub.load_state_dict_from_url(address, map_location="cpu", progress=False)
         except (ImportError, OSError) as error:
             raise SystemExit(
                 f"no rFID: {absent}, and they could not be fetched ({error}); without --allow-download it is left out"
@@ -259,7 +261,8 @@ def earlier(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def main(options: Options) -> dict[str, Any]:
     """Returns what is in the file."""
     check(options)
-    accelerator = Accelerator(mixed_precision=options.precision)
+    waits = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while the main process fits probes
+    accelerator = Accelerator(mixed_precision=options.precision, kwargs_handlers=[waits])
     device = accelerator.device
     pictures = open_pictures(options, options.data, options.split, options.count)
     if len(pictures.places) < 2:

@@ -213,6 +213,32 @@ def test_every_format_of_a_codec(world, tmp_path):
         assert other == pytest.approx(first, abs=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' use of transformers
+def test_diffusers_rae_rebuilds_as_diffusers_does(world, tmp_path):
+    from tests.hub.test_rae import autoencoder_rae
+
+    generator = torch.Generator().manual_seed(0)
+    spread = {
+        "latents_mean": torch.randn(64, 8, 8, generator=generator).tolist(),
+        "latents_std": [[[2.0] * 8] * 8] * 64,
+    }
+    reference = autoencoder_rae("dinov2", 8, **spread)
+    reference.save_pretrained(tmp_path / "rae")
+    data = tmp_path / "pictures"
+    data.mkdir()
+    for place, picture in enumerate(images(2, 128, 128)):
+        (data / f"{place}.png").write_bytes(png((picture * 127.5 + 127.5).permute(1, 2, 0).numpy()))
+    options = asked(world, tmp_path, tmp_path / "rae", data=str(data), size=128)
+    [result] = evaluate.main(options)["results"]
+    real = pixels_of(data).float()
+    made = (reference.decode(reference.encode(real / 255).latent).sample.clamp(0, 1) * 255).round()
+    errors = (made - real).square().mean(dim=(1, 2, 3))
+    assert values(result)["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / errors)).mean()), abs=1e-3)
+    with pytest.raises(SystemExit, match=r"--size 256 does not fit .*rae: "):
+        evaluate.main(replace(options, size=256))
+
+
 def test_a_draw_depends_on_seed_and_picture_alone(world, tmp_path):
     runs = {}
     for name, more in {
