@@ -21,8 +21,7 @@ def measure(
 ) -> dict[str, float]:
     """Means over ``images`` (``B 3 H W`` in [-1, 1]), through the public encode and decode.
 
-    psnr, ssim: of the reconstruction, pixels in [-1, 1]; SSIM's number is another one in [0, 1], as evaluate.py gives
-    it. feature_cosine: of rebuilt against frozen features,
+    psnr, ssim: of the reconstruction, pixels in [0, 1]. feature_cosine: of rebuilt against frozen features,
     per token. active_channels: a probe for posterior collapse, the share of latent channels that carry more than
     0.01 nat per cell, as ½ log(1 + variance of the mean / mean of the variance). lpips: where its weights are on
     this machine.
@@ -87,9 +86,10 @@ def eight_bits(images: Tensor) -> Tensor:
 def picture_measures(sample: Tensor, images: Tensor) -> dict[str, Tensor]:
     """psnr, ssim, and lpips where its weights are on this machine, of reconstructions ``B 3 H W``."""
     shown, lpips = sample.float().clamp(-1, 1), local_lpips()
+    pair = (shown * 0.5 + 0.5, images * 0.5 + 0.5)  # SSIM depends on where black is
     row = {
-        "psnr": peak_signal_noise_ratio(shown, images, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-        "ssim": structural_similarity_index_measure(shown, images, data_range=2.0),
+        "psnr": peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"),
+        "ssim": structural_similarity_index_measure(*pair, data_range=1.0),
     }
     return row if lpips is None else row | {"lpips": lpips.to(images.device)(shown, images).mean()}
 
