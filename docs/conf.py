@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of the notebook
 
+from shown_files import linkcode_resolve as linkcode_resolve  # noqa: E402
+
 import psvae  # noqa: E402
 
 project = "psvae"
 author = "The psvae authors"
 version = release = psvae.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "shown_files", "names"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "shown_files", "names"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**", "examples/**.md"]
 exclude_patterns = [".*", "**/.*", "benchmarks", "docs/_build", "outputs", "psvae", "tests"]

@@ -1,8 +1,11 @@
 """Sphinx: a link to a file or folder of the repository that is no page leads to a page that shows it.
 
 On a code host the same link opens the file. Python, configuration and other text is highlighted; a folder is listed.
+"[source]" in the API leads to such pages too.
 """
 
+import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 
 PLACE = "source"  # of the pages
+ROOT = Path(__file__).parents[1]
 
 
 def relink(app: Sphinx, doctree: nodes.document) -> None:
@@ -36,8 +40,9 @@ def relink(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    shown = set().union(*app.env.psvae_shown.values())  # type: ignore[attr-defined]
-    for name in sorted(shown):
+    linked = set().union(*app.env.psvae_shown.values())  # type: ignore[attr-defined]
+    package = {path.relative_to(app.srcdir).as_posix() for path in Path(app.srcdir, "psvae").glob("**/*.py")}
+    for name in sorted(linked | package):
         path = Path(app.srcdir) / name
         if path.is_dir():
             inside = sorted(child.name + "/" * child.is_dir() for child in path.iterdir() if child.name[:2] != "__")
@@ -48,8 +53,21 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
                 lexer = get_lexer_for_filename(name)
             except ClassNotFound:
                 lexer = TextLexer()
-        body = f"<h1>{name}</h1>{highlight(text, lexer, HtmlFormatter())}"
+        body = f"<h1>{name}</h1>{highlight(text, lexer, HtmlFormatter(lineanchors='line'))}"
         yield f"{PLACE}/{name}", {"title": name, "body": body}, "page.html"
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """Sphinx's linkcode: where "[source]" leads, from a page in docs/api/."""
+    found: Any = importlib.import_module(info["module"])
+    for name in info["fullname"].split("."):
+        found = getattr(found, name, None)
+    found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+    try:
+        path, line = Path(inspect.getfile(found)), inspect.getsourcelines(found)[1]
+    except (TypeError, OSError):  # a constant, or what dataclass made
+        return None
+    return f"../../{PLACE}/{path.relative_to(ROOT).as_posix()}.html#line-{line}" if path.is_relative_to(ROOT) else None
 
 
 def prepare(app: Sphinx) -> None:
@@ -64,6 +82,6 @@ def forget(app: Sphinx, env: Any, docname: str) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", prepare)
     app.connect("env-purge-doc", forget)
-    app.connect("doctree-read", relink)
+    app.connect("doctree-read", relink, priority=100)  # before Sphinx copies downloads
     app.connect("html-collect-pages", pages)
     return {"parallel_read_safe": False, "parallel_write_safe": True}
