@@ -34,7 +34,7 @@ templates_path = ["_templates"]
 myst_heading_anchors = 4  # those that code hosts give to headings
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300  # of a cell, in seconds
+nb_execution_timeout = 900  # of a cell, in seconds; on an idle core the whole takes less than 60
 
 autodoc_default_options = {"exclude-members": "config_class"}
 autodoc_member_order = "bysource"
