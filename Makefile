@@ -1,5 +1,5 @@
-# For a newcomer: `make quickstart`, `make scenes`, `make reals` and `make test`. All make .venv first.
-.PHONY: quickstart scenes reals test check clean
+# For a newcomer: `make quickstart`, `make scenes`, `make reals`, `make docs` and `make test`. All make .venv first.
+.PHONY: quickstart scenes reals docs test check clean
 PYTHON ?= python3
 
 quickstart: .venv/installed
@@ -12,6 +12,10 @@ scenes: .venv/installed
 # a plain VAE and a ReaLS one on drawn scenes, compared: 24 minutes on two cores
 reals: .venv/installed
 	.venv/bin/python examples/compare_reals.py $(ARGS)
+
+# the site, and its notebook run: open outputs/docs/index.html
+docs: .venv/installed
+	OMP_NUM_THREADS=1 .venv/bin/sphinx-build -E -n -W --keep-going -q -c docs . outputs/docs
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2

@@ -329,6 +329,11 @@ def check(vae: PSVAE | PixelVAE, images: Images, options: Options) -> None:
         raise SystemExit(f"--size {options.size} does not fit {options.vae}: {error}") from error
 
 
+def generators_of(seed: int, places: list[int]) -> list[torch.Generator]:
+    """One for each place; PyTorch's on the CPU take the lowest 32 bits of a seed alone."""
+    return [torch.Generator().manual_seed((seed * 2_654_435_761 + place) % 2**32) for place in places]
+
+
 @torch.no_grad()
 def encode_shard(
     vae: PSVAE | PixelVAE, images: Images, places: list[int], options: Options
@@ -342,7 +347,7 @@ def encode_shard(
         faults += unreadable
         if faults:
             continue  # to name all of them at once
-        generators = [torch.Generator().manual_seed(options.seed * 2**32 + place) for place in batch_places]
+        generators = generators_of(options.seed, batch_places)
         posterior = vae.encode(batch.to(vae.device)).latent_dist
         mirrored = vae.encode(batch.flip(-1).to(vae.device)).latent_dist
         found = {"latents": posterior.sample(generators), "latents_flip": mirrored.sample(generators)}

@@ -27,6 +27,7 @@ import visualise_latents
 from checkpoints import changed, write_text, write_whole
 from data import DataOptions
 from PIL import Image
+from probes import accuracies
 from reals_data import GRID, SIDE, classes_of, drawn, labelled, prepare, stored
 from scenes.compose import SHAPES
 from torch import Tensor, nn
@@ -228,26 +229,14 @@ def train_vae(options: Options, data: Path, kind: str) -> Path:
 
 
 def probes(vae: PixelVAE, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """A linear layer, and twenty nearest neighbours by cosine, on all cells of a latent."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import StandardScaler
+    """Of all cells of a latent."""
 
     def latents(images: Tensor) -> np.ndarray:
         with torch.no_grad():
             parts = [vae.encode(part).latent_dist.mode() for part in tqdm(images.split(128), "latents")]
         return vae.latent_spec.normalize(torch.cat(parts)).flatten(1).numpy()
 
-    scaler = StandardScaler()
-    known, unknown = scaler.fit_transform(latents(train[0])), scaler.transform(latents(held_out[0]))
-    models = {
-        "linear_probe": LogisticRegression(C=0.01, max_iter=2000),
-        "knn": KNeighborsClassifier(20, metric="cosine"),
-    }
-    return {
-        name: round(float(model.fit(known, train[1].numpy()).score(unknown, held_out[1].numpy())), 4)
-        for name, model in models.items()
-    }
+    return accuracies(latents(train[0]), train[1].numpy(), latents(held_out[0]), held_out[1].numpy())
 
 
 def reconstructed(vae: PixelVAE, held_out: tuple[Tensor, Tensor], judge: Classifier) -> dict[str, float]:

@@ -147,10 +147,10 @@ def read_image(content: Any) -> Image.Image:
         content = content["bytes"] if content.get("bytes") is not None else content["path"]
     if content is None:
         raise ValueError("no picture")
-    if isinstance(content, bytes):
-        content = io.BytesIO(content)
-    image = content if isinstance(content, Image.Image) else Image.open(content)
-    return image.convert("RGB")
+    if isinstance(content, Image.Image):
+        return content.convert("RGB")
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:  # closed if damaged, too
+        return image.convert("RGB")
 
 
 def _transform(transform: v2.Compose, image: Image.Image, seed: int, position: int) -> Tensor:

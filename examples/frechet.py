@@ -16,24 +16,28 @@ import importlib
 import importlib.util
 import json
 import math
+import pickle
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from cache_latents import some
 from checkpoints import write_text
-from data import IMAGE_ENDINGS, center_transform, read_image
+from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
+from measures import eight_bits
 from sampling import plain_errors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from psvae import SemanticEncoder
+from psvae import PSVAEError, SemanticEncoder
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity names its download
 SPATIAL_CHANNELS = 7  # of ADM's sFID
@@ -50,7 +54,7 @@ class Options:
     reference: str
     """The same. Pictures of a folder are centre-cropped to the samples' size."""
     encoder: str | None = None
-    """Folder or Hub id of a SemanticEncoder."""
+    """Folder or Hub id of a SemanticEncoder, or a timm name."""
     inception: Path | None = None
     """torch-fidelity's Inception weights; None looks where torch-fidelity keeps them."""
     size: int = 256
@@ -62,7 +66,11 @@ class Options:
 
 
 class Pictures(Dataset):
-    """uint8 3 H W, of an .npz or a folder."""
+    """uint8 3 H W, of an .npz or a folder; or why it cannot be read.
+
+    Attributes:
+        shape: (3, H, W) of each.
+    """
 
     def __init__(self, source: str, size: int) -> None:
         self.files: list[Path] = []
@@ -74,14 +82,18 @@ class Pictures(Dataset):
             self.array = read_pictures(source)
         if len(self) < 2:
             raise SystemExit(f"{source} holds {len(self)} pictures; wanted two or more")
+        self.shape = (3, *self.array.shape[1:3])
 
     def __len__(self) -> int:
         return len(self.files) or len(self.array)
 
-    def __getitem__(self, place: int) -> Tensor:
-        if self.files:
-            return (self.crop(read_image(self.files[place])) * 127.5 + 127.5).round().byte()
-        return torch.from_numpy(self.array[place]).permute(2, 0, 1)
+    def __getitem__(self, place: int) -> Tensor | str:
+        if not self.files:
+            return torch.from_numpy(self.array[place]).permute(2, 0, 1)
+        try:
+            return eight_bits(self.crop(read_image(self.files[place])))
+        except UNREADABLE as error:
+            return f"{self.files[place]} ({error})"
 
 
 def read_npz(file: str | Path) -> dict[str, np.ndarray]:
@@ -113,9 +125,24 @@ def read_pictures(source: str) -> np.ndarray:
 
 @torch.no_grad()
 def features_of(pictures: Dataset, read: Callable[[Tensor], Tensor], options: Options, device: torch.device) -> Tensor:
-    """``N D`` in float64: what ``read`` says of uint8 batches."""
-    loader = DataLoader(pictures, options.batch_size, num_workers=options.workers)
-    return torch.cat([read(batch.to(device)).double().cpu() for batch in loader])
+    """``N D`` in float64: what ``read`` says of uint8 batches.
+
+    Raises:
+        SystemExit: some cannot be read; all of them are named.
+    """
+    found: list[Tensor] = []
+    faults: list[str] = []
+    loader = DataLoader(pictures, options.batch_size, num_workers=options.workers, collate_fn=list)
+    for batch in loader:
+        faults += [picture for picture in batch if isinstance(picture, str)]
+        if not faults:  # else the rest is read to name all at once
+            found.append(read(torch.stack(batch).to(device)).double().cpu())
+    if faults:
+        raise SystemExit(
+            f"{len(faults)} pictures cannot be read: {some(faults)}; wanted all of them, for the distance is of sets: "
+            "mend or remove them"
+        )
+    return torch.cat(found)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
@@ -130,24 +157,67 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     return max(0.0, float((first.mean(0) - second.mean(0)).square().sum() + spread))
 
 
+def too_few(count: int, width: int) -> str:
+    """What is to be said of a distance from so many pictures and features; empty where they are enough."""
+    if count > width:
+        return ""
+    return (
+        f"{count} pictures for {width} features: their covariance has not full rank and the distance is biased "
+        "upwards; wanted many more"
+    )
+
+
 def warned_distance(first: Tensor, second: Tensor) -> float:
     """`frechet_distance`, and a word where the pictures are too few for it."""
-    count, width = min(len(first), len(second)), first.shape[1]
-    if count <= width:
-        print(
-            f"{count} pictures for {width} features: the distance is biased upwards; wanted many more", file=sys.stderr
-        )
+    if said := too_few(min(len(first), len(second)), first.shape[1]):
+        print(said, file=sys.stderr)
     return frechet_distance(first, second)
+
+
+def open_encoder(name: str, device: torch.device) -> SemanticEncoder:
+    """Frozen, of a folder, a Hub id or a timm name; what is not on this machine is fetched."""
+    with plain_errors():
+        if Path(name).exists() or "/" in name:
+            encoder = SemanticEncoder.from_pretrained(name, device=device)
+        else:
+            try:
+                encoder = SemanticEncoder.from_timm(name).to(device)
+            except PSVAEError:
+                raise
+            except (OSError, RuntimeError, ValueError) as error:
+                raise SystemExit(
+                    f"{name} is no folder here, and timm's weights of that name could not be fetched: {error}"
+                ) from error
+    return encoder.requires_grad_(False).eval()
+
+
+def pooled_features(encoder: SemanticEncoder, pictures: Tensor) -> Tensor:
+    """uint8 ``B 3 H W`` → ``B D``, the mean of its grid."""
+    return encoder(pictures.float() / 127.5 - 1).float().mean((2, 3))
+
+
+def load_inception(weights: Path, layers: list[str], device: torch.device) -> Any:
+    """torch-fidelity's: uint8 ``B 3 H W`` → the features of each layer.
+
+    Raises:
+        SystemExit: the file is damaged, or something else.
+    """
+    inception = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    try:
+        return inception.FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights)).to(device)
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise SystemExit(
+            f"{weights} cannot be read as torch-fidelity's Inception ({said}); wanted {WEIGHTS}"
+        ) from error
 
 
 def encoder_measures(samples: Dataset, reference: Dataset, options: Options, device: torch.device) -> dict[str, Any]:
     """The Fréchet distance in a SemanticEncoder's features, and whose they are."""
+    encoder = open_encoder(options.encoder, device)
     with plain_errors():
-        encoder = SemanticEncoder.from_pretrained(options.encoder, device=device).requires_grad_(False).eval()
         found = [
-            features_of(
-                pictures, lambda batch: encoder(batch.float() / 127.5 - 1).float().mean((2, 3)), options, device
-            )
+            features_of(pictures, partial(pooled_features, encoder), options, device)
             for pictures in (reference, samples)
         ]
     return {"frechet_distance": warned_distance(*found), "features": f"{options.encoder}, mean over the grid"}
@@ -162,10 +232,8 @@ def inception_measures(
             f"{len(samples)} pictures came, and {len(reference)} as the reference; precision and recall go by the "
             f"{NEIGHBOURS} nearest others: wanted more of each"
         )
-    parts = ("feature_extractor_inceptionv3", "metric_isc", "metric_prc")
-    inception, score, manifold = (importlib.import_module(f"torch_fidelity.{part}") for part in parts)
-    layers = ["2048", "logits_unbiased"]
-    network = inception.FeatureExtractorInceptionV3("inception-v3-compat", layers, str(weights)).to(device)
+    score, manifold = (importlib.import_module(f"torch_fidelity.{part}") for part in ("metric_isc", "metric_prc"))
+    network = load_inception(weights, ["2048", "logits_unbiased"], device)
     # ADM takes mixed_6/conv of TensorFlow's graph after its ReLU: the block's first branch, so its first channels
     seen: list[Tensor] = []
     network.Mixed_6d.register_forward_hook(
@@ -205,10 +273,9 @@ def main(options: Options) -> dict[str, Any]:
         if options.encoder is None:
             raise SystemExit("nothing to measure with: pass --encoder, a SemanticEncoder, or bring Inception")
     samples = Pictures(options.samples, options.size)
-    side = samples[0].shape[-1]
-    reference = Pictures(options.reference, side)
-    if reference[0].shape != samples[0].shape:
-        raise SystemExit(f"samples are {tuple(samples[0].shape)}, the reference {tuple(reference[0].shape)}")
+    reference = Pictures(options.reference, samples.shape[-1])
+    if reference.shape != samples.shape:
+        raise SystemExit(f"samples are {samples.shape}, the reference {reference.shape}")
     numbers: dict[str, Any] = {"samples": len(samples), "reference": len(reference)}
     if not absent:
         numbers |= inception_measures(samples, reference, weights, options, device)

@@ -78,36 +78,59 @@ def measure_aligned(
     return numbers | {"latent_std": float(spread), "active_channels": active_channels(means, variances)}
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """uint8, of images in [-1, 1]; what lies beyond is clamped."""
+    return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+
+
 def picture_measures(sample: Tensor, images: Tensor) -> dict[str, Tensor]:
     """psnr, ssim, and lpips where its weights are on this machine, of reconstructions ``B 3 H W``."""
-    shown, lpips = sample.float().clamp(-1, 1), _local_lpips()
+    shown, lpips = sample.float().clamp(-1, 1), local_lpips()
+    pair = (shown * 0.5 + 0.5, images * 0.5 + 0.5)  # SSIM depends on where black is
     row = {
-        "psnr": peak_signal_noise_ratio(shown, images, data_range=2.0, dim=(1, 2, 3), reduction="elementwise_mean"),
-        "ssim": structural_similarity_index_measure(shown, images, data_range=2.0),
+        "psnr": peak_signal_noise_ratio(*pair, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean"),
+        "ssim": structural_similarity_index_measure(*pair, data_range=1.0),
     }
     return row if lpips is None else row | {"lpips": lpips.to(images.device)(shown, images).mean()}
 
 
+@torch.no_grad()
+def each_picture(made: Tensor, real: Tensor, lpips: nn.Module | None) -> dict[str, Tensor]:
+    """psnr, ssim, and lpips where it came, ``B`` each, of 8-bit pictures ``B 3 H W``."""
+    shown, images = made.float() / 255, real.float() / 255
+    row = {
+        "psnr": peak_signal_noise_ratio(made.float(), real.float(), data_range=255.0, dim=(1, 2, 3), reduction="none"),
+        "ssim": structural_similarity_index_measure(shown, images, data_range=1.0, reduction="none"),
+    }
+    return row if lpips is None else row | {"lpips": lpips(shown * 2 - 1, images * 2 - 1).flatten()}
+
+
 def active_channels(means: Tensor, variances: Tensor) -> float:
     """The share of latent channels, ``B Z h w`` both, that carry more than 0.01 nat per cell."""
-    signal = means.var(dim=(0, 2, 3)) / variances.mean(dim=(0, 2, 3))
-    return float((0.5 * signal.log1p() > 0.01).float().mean())
+    return active_share(means.var(dim=(0, 2, 3)), variances.mean(dim=(0, 2, 3)))
 
 
-def load_lpips() -> nn.Module:
-    """LPIPS on VGG-16 with frozen parameters."""
+def active_share(signal: Tensor, noise: Tensor) -> float:
+    """Of channels, by the variance of the posterior's mean and the mean of its variance, ``Z`` both."""
+    return float((0.5 * (signal / noise).log1p() > 0.01).float().mean())
+
+
+def load_lpips(without: str = "--losses.perceptual 0 trains without") -> nn.Module:
+    """LPIPS on VGG-16 with frozen parameters.
+
+    Args:
+        without: the remedy where its weights cannot be fetched.
+    """
     import lpips
 
     try:
         return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except OSError as error:
-        raise SystemExit(
-            f"the VGG weights of LPIPS could not be fetched ({error}); --losses.perceptual 0 trains without"
-        ) from error
+        raise SystemExit(f"the VGG weights of LPIPS could not be fetched ({error}); {without}") from error
 
 
 @cache
-def _local_lpips() -> nn.Module | None:
+def local_lpips() -> nn.Module | None:
     """LPIPS, if torchvision has its VGG weights on this machine already."""
     return load_lpips() if list(Path(torch.hub.get_dir(), "checkpoints").glob("vgg16-*.pth")) else None
 

@@ -169,6 +169,12 @@ def load_vae(name: str, device: torch.device, allow_pickle: bool = False) -> PSV
     raise SystemExit("; ".join(dict.fromkeys(said)))
 
 
+def vae_folder(name: str) -> str:
+    """Its vae/, of a ReaLS folder or a diffusers pipeline; all others as they are named."""
+    inside = Path(name) / "vae"
+    return str(inside) if inside.is_dir() else name
+
+
 def load_measured_vae(
     name: str, statistics: Path | None, device: torch.device, allow_pickle: bool = False, required: bool = True
 ) -> PSVAE | PixelVAE:

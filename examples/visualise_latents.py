@@ -19,7 +19,7 @@ from cache_latents import Images
 from cache_latents import Options as ImageOptions
 from data import spread
 from pictures import principal_colours
-from sampling import load_measured_vae, plain_errors, scale_latents
+from sampling import load_measured_vae, plain_errors, scale_latents, vae_folder
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -119,9 +119,7 @@ def latents_of(name: str, images: Tensor, options: Options) -> Tensor:
     """The posteriors' means ``B Z h w`` as a generator sees them, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = []
-    folder = Path(name) / "vae"  # of ReaLS
-    where = str(folder) if folder.is_dir() else name
-    vae = load_measured_vae(where, None, device, options.allow_pickle, required=False)
+    vae = load_measured_vae(vae_folder(name), None, device, options.allow_pickle, required=False)
     for part in tqdm(images.split(options.batch_size), name):
         with plain_errors():
             latents = vae.encode(part.to(device)).latent_dist.mode()

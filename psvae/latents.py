@@ -174,7 +174,7 @@ def fit_latent_statistics(
     One streaming pass with Chan's pairwise update in float64, so that neither a large mean nor many
     batches cost precision. With ``torch.distributed`` running, each process passes its own batches and all
     end with the statistics of the union. Whether they are per channel or per element is what the
-    configuration says (`LatentSpec.grid`).
+    configuration says (``grid`` of `LatentSpec`).
 
     Args:
         vae: anything with ``encode(images).latent_dist`` and a `LatentSpec`.

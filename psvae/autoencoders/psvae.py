@@ -134,17 +134,17 @@ class PSVAEConfig(Config):
 
     @property
     def scaling_factor(self) -> float:
-        """1: `PSVAE.encode` already returns normalised latents."""
+        """1, as `PSVAE.encode` already returns normalised latents."""
         return 1.0
 
     @property
     def shift_factor(self) -> float:
-        """0, never None: some callers add it unasked."""
+        """0 and never None, as some callers add it unasked."""
         return 0.0
 
     @property
     def latents_mean(self) -> None:
-        """None: the statistics are applied inside, per channel, by `LatentSpec`."""
+        """None, as the statistics are applied inside, per channel, by `LatentSpec`."""
 
     @property
     def latents_std(self) -> None:
@@ -152,7 +152,7 @@ class PSVAEConfig(Config):
 
     @property
     def force_upcast(self) -> bool:
-        """False: half precision decodes without overflow."""
+        """False, as half precision decodes without overflow."""
         return False
 
 

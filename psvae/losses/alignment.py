@@ -51,7 +51,7 @@ def margin_cosine_loss(prediction: Tensor, target: Tensor, *, margin: float = 0.
 
 
 def margin_similarity_loss(prediction: Tensor, target: Tensor, *, margin: float = 0.25) -> Float[Tensor, ""]:
-    """mean relu(|cos(z'ᵢ, z'ⱼ) − cos(fᵢ, fⱼ)| − margin) over the pairs of an image's tokens (VA-VAE, L_mdms).
+    """mean relu(``|cos(z'ᵢ, z'ⱼ) − cos(fᵢ, fⱼ)|`` − margin) over the pairs of an image's tokens (VA-VAE, L_mdms).
 
     Args:
         prediction: projected latents ``B D h w``, trained.

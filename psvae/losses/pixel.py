@@ -20,7 +20,7 @@ def pixel_loss(
     perceptual: nn.Module | None = None,
     perceptual_weight: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """mean |x̂ − x| (or squared) + perceptual_weight · mean perceptual(x̂, x), in fp32.
+    """mean ``|x̂ − x|`` (or squared) + perceptual_weight · mean perceptual(x̂, x), in fp32.
 
     Rombach et al. use L1 and LPIPS with weight 1, summed over pixels; the mean is chosen here, so that weights
     do not depend on the image size.

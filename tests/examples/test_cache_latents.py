@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from psvae import PSVAE, AutoencoderPSVAE, PixelVAE
 from tests.base import assert_close, assert_equal
+from tests.examples.generator_world import script
 from tests.tiny import fill_weights, tiny_pixel_vae, tiny_psvae
 
 REPOSITORY = Path(__file__).parents[2]
@@ -82,6 +83,14 @@ def test_contents_equal_direct_encoding(workspace):
     statistics = torch.load(workspace / "whole/latents_stats.pt", weights_only=True)
     assert_close([statistics["mean"]], [drawn.mean((0, 2, 3), keepdim=True)])
     assert_close([statistics["std"]], [drawn.std((0, 2, 3), keepdim=True, correction=0)])
+
+
+def test_another_seed_draws_other_noise():
+    """PyTorch's generators on the CPU take the lowest 32 bits of a seed alone."""
+    of_seed = [script("cache_latents").generators_of(seed, [0, 1]) for seed in (0, 0, 1)]
+    first, again, other = ([torch.randn(3, generator=one).tolist() for one in each] for each in of_seed)
+    assert first == again
+    assert len({tuple(row) for row in first + other}) == 4
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(workspace):

@@ -177,3 +177,19 @@ def spoil(file, with_what):
     content = bytearray(file.read_bytes())
     content[200 : 200 + len(with_what)] = with_what
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_all_named(tmp_path, workers):
+    make_pictures(tmp_path / "images")
+    fill_weights(tiny_encoder()).save_pretrained(tmp_path / "teacher")
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    for file in (files[0], files[7]):
+        file.write_bytes(file.read_bytes()[:60])
+    asked = frechet.Options(
+        samples=str(tmp_path / "images"), reference=str(tmp_path / "images"), encoder=str(tmp_path / "teacher"),
+        inception=tmp_path / "none.pth", workers=workers, batch_size=3, size=SIZE,
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match=r"2 pictures cannot be read: .*mend or remove them") as refused:
+        frechet.main(asked)
+    assert all(str(file) in str(refused.value) for file in (files[0], files[7]))
