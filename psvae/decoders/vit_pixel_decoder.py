@@ -134,7 +134,7 @@ class ViTPixelDecoder(nn.Module, HubMixin):
                 f"use images of {self.config.grid[0] * self.config.stride} x {self.config.grid[1] * self.config.stride}"
             )
         patches = self.embed(rearrange(latents, "B Z h w -> B (h w) Z"))
-        tokens = torch.cat([self.token.expand(len(patches), -1, -1), patches], dim=1) + self.positions
+        tokens = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.positions
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, use_reentrant=False)
