@@ -1,8 +1,8 @@
-"""What ComfyUI must know of a latent: a descriptor of any VAE here, as JSON or as a Python class. ComfyUI is not imported.
+"""What ComfyUI must know of a latent: a descriptor of any VAE, as JSON or as a Python class. ComfyUI is not imported.
 
-ComfyUI asks a class named latent format what stands between the VAE and the generator: ``process_in`` on what the VAE's
-encode gives, ``process_out`` on what the generator made, before the VAE's decode. Names are ComfyUI's, its spelling too.
-A linear map to RGB (`fit_preview`) draws the preview while it samples.
+ComfyUI asks a class, the latent format, what stands between the VAE and the generator: ``process_in`` of what the VAE's
+encode gives, ``process_out`` of what the generator made, before the VAE's decode. A linear map to RGB (`fit_preview`)
+draws previews of what the generator makes. The names are ComfyUI's, its spelling too.
 """
 
 import json
@@ -207,8 +207,8 @@ def _applied(source: Any, spec: LatentSpec, by: By | None) -> By | None:
             has.append("statistics")
     if len(has) == 2 and by is None:
         raise ConfigError(
-            f"the VAE has both scaling_factor {source.config.scaling_factor} and statistics; a generator was trained on "
-            "one of them: say which, by='constants' or by='statistics'"
+            f"the VAE has both scaling_factor {source.config.scaling_factor} and statistics; a generator was trained "
+            "on one of them: say which, by='constants' or by='statistics'"
         )
     if by is not None and by not in has:
         whose = "its encode normalises" if spec.applied_by == "encode" else f"it has {has[0] if has else 'neither'}"
@@ -220,8 +220,8 @@ def _applied(source: Any, spec: LatentSpec, by: By | None) -> By | None:
 def fit_preview(vae: Any, batches: Tensor | Iterable[Tensor], *, by: By | None = None) -> Preview:
     """The linear map from latents, as the generator sees them, to colours, by least squares over the pictures' cells.
 
-    A cell's colour is the mean over its stride × stride pixels. Sums are kept in float64, one batch at a time. A channel
-    that does not vary gets zeros.
+    A cell's colour is the mean over its stride × stride pixels. Sums are kept in float64, one batch at a time. A
+    channel that does not vary gets zeros.
 
     Args:
         vae: a `PSVAE` or `PixelVAE`, in the mode it is to be used in. Their posterior's mean is taken.
@@ -251,5 +251,5 @@ def fit_preview(vae: Any, batches: Tensor | Iterable[Tensor], *, by: By | None =
     bias = mean[square] - mean[:Z] @ factors
     variance = covariance[square, square].trace()
     explained = float((factors * shared).sum() / variance) if variance > 0 else 1.0
-    rows = tuple((row[0], row[1], row[2]) for row in factors.tolist())
-    return Preview(rows, (float(bias[0]), float(bias[1]), float(bias[2])), explained)
+    rounded: Any = [[float(f"{x:.6g}") for x in row] for row in torch.cat([factors, bias[None]]).tolist()]
+    return Preview(tuple(map(tuple, rounded[:-1])), tuple(rounded[-1]), explained)
