@@ -7,6 +7,7 @@ draws previews of what the generator makes. The names are ComfyUI's, its spellin
 
 import json
 import keyword
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -247,9 +248,10 @@ def fit_preview(vae: Any, batches: Tensor | Iterable[Tensor], *, by: By | None =
     mean = moments[-1, :-1] / count
     covariance = moments[:-1, :-1] / count - mean.outer(mean)
     shared = covariance[:Z, square]
-    factors = torch.linalg.pinv(covariance[:Z, :Z], hermitian=True) @ shared
+    factors = torch.linalg.pinv(covariance[:Z, :Z], rtol=1e-9, hermitian=True) @ shared  # below it is fp32's rounding
     bias = mean[square] - mean[:Z] @ factors
     variance = covariance[square, square].trace()
     explained = float((factors * shared).sum() / variance) if variance > 0 else 1.0
-    rounded: Any = [[float(f"{x:.6g}") for x in row] for row in torch.cat([factors, bias[None]]).tolist()]
+    digits = 6 - math.ceil(math.log10(max(float(factors.abs().max()), 1e-9)))  # six of the largest
+    rounded: Any = [[round(x, digits) for x in row] for row in torch.cat([factors, bias[None]]).tolist()]
     return Preview(tuple(map(tuple, rounded[:-1])), tuple(rounded[-1]), explained)
