@@ -267,7 +267,7 @@ def export_part(name: str, part: Part, options: Options) -> None:
             fixed = "" if "h" in free else f" (fixed: {' x '.join(map(str, sizes[0].grid))} cells)"
             print(
                 f"{target}: {size / 1e6:.1f} MB, free: {said}{fixed}; differs from PyTorch by at most "
-                f"{difference:.2g}, {share:.2g} of the largest value, over {len(sizes)} sizes"
+                f"{difference:.2g}, {share:.2g} of the largest value, at {len(sizes)} size{'s' * (len(sizes) > 1)}"
             )
 
 
@@ -296,26 +296,15 @@ def trace(part: Part, options: Options) -> tuple[ExportedProgram, str, list[Size
             continue
         free = {letter: Dim(letter, min=int(letter != "P")) if letter in letters else None for letter in FREE}
         size = Size(2, (rows, columns) if "h" in letters else fixed.grid, 4)
+        turned = Size(3, size.grid[::-1], 1) if "h" in letters else Size(3, size.grid, 1)
+        shapes = tuple({axis: dim for axis, dim in axes.items() if dim is not None} for axes in part.axes(free))
         try:
-            program = torch.export.export(part, part.example(size, generator), dynamic_shapes=part.axes(free))
-        except torch._dynamo.exc.UserError:  # says that an axis is constant, of those that are no multiple
+            program = torch.export.export(part, part.example(size, generator), dynamic_shapes=shapes)
+            program.module()(*part.example(turned, generator))  # where not all that is constant was said so
+        except (torch._dynamo.exc.UserError, AssertionError, RuntimeError):
             continue
-        if not any(isinstance(side, int) for side in free_sides(program, part, free)):
-            turned = Size(3, size.grid[::-1] if "h" in letters else size.grid, 1)
-            return program, letters, [size, fixed, turned, *[Size(1, size.grid, 0)] * ("P" in letters)]
+        return program, letters, [size, fixed, turned, *[Size(1, size.grid, 0)] * ("P" in letters)]
     return torch.export.export(part, part.example(fixed, generator)), "", [fixed]
-
-
-def free_sides(program: ExportedProgram, part: Part, free: dict[str, Any]) -> list[Any]:
-    """The sizes, in the program's inputs, of all axes that were to be free."""
-    nodes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"}
-    names = program.graph_signature.user_inputs
-    return [
-        nodes[name][axis]
-        for name, axes in zip(names, part.axes(free), strict=True)
-        for axis, dim in axes.items()
-        if dim is not None
-    ]
 
 
 def save_onnx(program: ExportedProgram, part: Part, name: str, file: Path) -> None:
