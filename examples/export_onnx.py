@@ -12,9 +12,9 @@ step     noisy latents, σ, and keys and values of a prefix → the velocity. `p
 Latents are as encode and decode of the class have them: normalised of a PSVAE; raw of a PixelVAE, whose scale, shift
 and statistics stay with the caller. The file's metadata under "psvae" say which, with all numbers.
 
-Batch, height, width and the prefix's length are free where the model lets them be, and what is free is printed: a ViT
-decoder and statistics per element have one grid, and DINOv3's rotary positions are exported for one. `--no-dynamic`
-frees nothing. Each file is run at several sizes, an ONNX file by onnxruntime, and put in place where the largest
+Batch, height and width (from two cells on) and the prefix's length are free where the model lets them be, and what is
+free is printed: a ViT decoder and statistics per element have one grid, and torch.export knows one alone of DINOv3's
+rotary positions and of the position offset of Meta's DINOv2. `--no-dynamic` frees nothing. Each file is run at several sizes, an ONNX file by onnxruntime, and put in place where the largest
 difference from PyTorch is within `--tolerance`; otherwise it is not kept.
 
 psvae's checks do not travel with a file. Sizes that are no multiple of the stride, or of a generator's patch, are still
@@ -43,6 +43,7 @@ from psvae import PSVAE, DeepFusionDiT, PixelVAE, PrefixCache, PSVAEError
 
 PARTS = Literal["encoder", "decoder", "step"]
 FREE = {"B": "batch", "h": "height", "w": "width", "P": "prefix"}
+LEAST = {"B": 1, "h": 2, "w": 2, "P": 0}  # torch.export takes a side of one cell for a constant
 SIDES = (3, 5, 7, 9)  # cells; two that a position table does not have, or its resize would be left out of the graph
 
 
@@ -294,7 +295,7 @@ def trace(part: Part, options: Options) -> tuple[ExportedProgram, str, list[Size
     for letters in [always + "hw", always] if options.dynamic else []:
         if "h" in letters and part.only is not None:
             continue
-        free = {letter: Dim(letter, min=int(letter != "P")) if letter in letters else None for letter in FREE}
+        free = {letter: Dim(letter, min=LEAST[letter]) if letter in letters else None for letter in FREE}
         size = Size(2, (rows, columns) if "h" in letters else fixed.grid, 4)
         turned = Size(3, size.grid[::-1], 1) if "h" in letters else Size(3, size.grid, 1)
         shapes = tuple({axis: dim for axis, dim in axes.items() if dim is not None} for axes in part.axes(free))
@@ -353,7 +354,7 @@ def compare(file: Path, part: Part, sizes: list[Size], options: Options) -> tupl
     Raises:
         SystemExit: it is beyond the tolerance, or the file does not run.
     """
-    run = runner(file)
+    run: Any = None
     generator = torch.Generator().manual_seed(options.seed + 1)
     worst, worst_share = 0.0, 0.0
     for size in sizes:
@@ -361,6 +362,7 @@ def compare(file: Path, part: Part, sizes: list[Size], options: Options) -> tupl
         wanted = part(*inputs)
         remedy = "; pass --no-dynamic, with the --grid that you need" if len(sizes) > 1 else ""
         try:
+            run = run or runner(file)
             got = run(*inputs)
         except Exception as error:  # of onnxruntime's own kind, or an assertion of the program's
             said = " ".join(str(error).split())[:300]
