@@ -14,8 +14,9 @@ and statistics stay with the caller. The file's metadata under "psvae" say which
 
 Batch, height and width (from two cells on) and the prefix's length are free where the model lets them be, and what is
 free is printed: a ViT decoder and statistics per element have one grid, and torch.export knows one alone of DINOv3's
-rotary positions and of the position offset of Meta's DINOv2. `--no-dynamic` frees nothing. Each file is run at several sizes, an ONNX file by onnxruntime, and put in place where the largest
-difference from PyTorch is within `--tolerance`; otherwise it is not kept.
+rotary positions and of the position offset of Meta's DINOv2. `--no-dynamic` frees nothing. Each file is run at several
+sizes, an ONNX file by onnxruntime, and put in place where the largest difference from PyTorch is within `--tolerance`;
+otherwise it is not kept.
 
 psvae's checks do not travel with a file. Sizes that are no multiple of the stride, or of a generator's patch, are still
 refused, in the words of who runs the file: where height and width are free by a reshape that cannot be done (.onnx) or
