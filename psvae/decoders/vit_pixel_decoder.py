@@ -113,7 +113,7 @@ class ViTPixelDecoder(nn.Module, HubMixin):
         self.predict = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.apply(init_linear)
         # a build on the meta device must still hold these numbers: no checkpoint brings them
-        device = "cpu" if torch.get_default_device().type == "meta" else None
+        device = "cpu" if torch.empty(0).is_meta else None  # torch 2.7 does not tell its default in a `with`
         for name in ("output_mean", "output_std"):
             values = torch.tensor(getattr(config, name), device=device).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
