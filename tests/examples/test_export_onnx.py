@@ -241,7 +241,8 @@ FIXED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", first_by_default(FIXED))
+@pytest.mark.compile
+@pytest.mark.parametrize("case", FIXED)
 def test_what_has_one_grid_keeps_it_and_says_so(example, tmp_path, capsys, case):
     fields, fixed, cells = FIXED[case]
     vae = fill_weights(tiny_psvae(**fields))
