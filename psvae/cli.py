@@ -1,4 +1,4 @@
-"""The ``psvae`` command: look at a checkpoint, convert it, reconstruct images with it."""
+"""The ``psvae`` command: look at a checkpoint, convert it, reconstruct images with it, describe its latents."""
 
 import os
 import re
@@ -19,6 +19,7 @@ from psvae.hub.formats import Format, same
 from psvae.hub.mixin import HubMixin, build_empty, recognise
 from psvae.hub.reading import Checkpoint
 from psvae.hub.source import Source
+from psvae.hub.writing import write_text
 
 __all__ = ["main"]
 
@@ -156,36 +157,18 @@ def reconstruct(
         output: folder for the pictures.
         device: such as cpu or cuda.
     """
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     if not images:
         raise ConfigError("no image came; wanted one or more files")
-    folder = next((path for path in images if path.is_dir()), None)
-    if folder is not None:
-        raise ConfigError(f"{folder} is a folder; wanted image files, such as {folder}/*.png")
+    _refuse_folders(images)
     twice = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
     if twice:
         raise ConfigError(f"several images are named {twice[0]}, so are their pictures; run the command once for each")
-    _check_device(device)
-    cls, _ = _recognise(where.open(model))
-    if cls.__name__ not in ("PSVAE", "PixelVAE"):
-        raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
-    vae: Any = cls.from_pretrained(model, device=device, **asdict(where))
-    stride = vae.config.spatial_compression_ratio
+    vae = _load_vae(model, where, device)
     output.mkdir(parents=True, exist_ok=True)
     for path in images:
-        try:
-            picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise ConfigError(f"{path} cannot be read as an image ({error})") from error
-        width, height = (side // stride * stride for side in picture.size)
-        if not width or not height:
-            raise ConfigError(f"{path} is {picture.size[0]} x {picture.size[1]}; wanted at least {stride} on each side")
-        if (width, height) != picture.size:
-            _say(path.name, f"cropped from {picture.size[0]} x {picture.size[1]} to {width} x {height}")
-            picture = picture.crop((0, 0, width, height))
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        pixels = _read_picture(path, vae.config.spatial_compression_ratio).to(device)
         with torch.no_grad():
             rebuilt = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         psnr = 10 * torch.log10(4 / (rebuilt - pixels).square().mean())
@@ -197,9 +180,56 @@ def reconstruct(
     return 0
 
 
+def descriptor(
+    model: Positional[str],
+    output: Positional[Path],
+    *,
+    by: Literal["statistics", "constants"] | None = None,
+    statistics: Path | None = None,
+    images: tuple[Path, ...] = (),
+    taesd: str | None = None,
+    name: str = "PSVAELatent",
+    device: str = "cpu",
+    where: Where = ANYWHERE,
+) -> int:
+    """Write what ComfyUI must know of a VAE's latents: channels, stride, process_in and process_out, preview colours.
+
+    Args:
+        model: a PSVAE or PixelVAE: a folder, a weights file, or a Hub id.
+        output: a .py file, with a class that a model of ComfyUI takes as its latent_format; or a .json file.
+        by: what a PixelVAE's generator sees latents by, where it has both.
+        statistics: a file of them, such as the mean_std.json of ReaLS; None for those in the weights.
+        images: photographs to fit the preview's colours on; without any, there is no preview.
+        taesd: how the name of a tiny decoder's file in ComfyUI's models/vae_approx begins, where there is one.
+        name: of the class.
+        device: such as cpu or cuda.
+    """
+    from psvae.integrations.comfyui import fit_preview, latent_format
+
+    if output.suffix not in (".py", ".json"):
+        raise ConfigError(f"{output} is neither a .py nor a .json file; choose one")
+    _refuse_folders(images)
+    vae = _load_vae(model, where, device)
+    if statistics is not None:
+        psvae.load_latent_statistics(vae.latent_spec, statistics, allow_pickle=where.allow_pickle)
+    preview = None
+    if images:
+        stride = vae.config.spatial_compression_ratio
+        preview = fit_preview(vae, (_read_picture(path, stride).to(device) for path in images), by=by)
+        _say("preview", f"explains {100 * preview.explained:.1f} % of the colours' variance over {len(images)} images")
+    found = latent_format(vae, by=by, preview=preview, taesd_decoder_name=taesd)
+    write_text(output, found.to_json() if output.suffix == ".json" else found.to_python(name))
+    _say(
+        "written",
+        f"{output}: {found.latent_channels} channels, stride {found.spacial_downscale_ratio}, "
+        f"process_in applies {found.applied or 'nothing'}",
+    )
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 well, 1 problems found, 2 a mistake in what was asked."""
-    commands = {"inspect": inspect, "convert": convert, "reconstruct": reconstruct}
+    commands = {"inspect": inspect, "convert": convert, "reconstruct": reconstruct, "descriptor": descriptor}
     asked = sys.argv[1:] if arguments is None else arguments
     try:
         try:
@@ -233,6 +263,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 def _as_flags(message: str) -> str:
     """The remedies of an error as they are typed: ``--variant fp16`` for ``variant='fp16'``."""
     message = message.replace("allow_pickle=True", "--allow-pickle").replace("pass token=...", "set HF_TOKEN")
+    message = re.sub(r"\bby='(\w+)'", r"--by \1", message)
     return re.sub(r"\b(file|variant|subfolder|revision)='([^']*)'", r"--\1 \2", message)
 
 
@@ -242,6 +273,39 @@ def _check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:  # CUDA that PyTorch was built without is an assertion
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device is {name!r}, which cannot be used here ({reason}); cpu always can") from error
+
+
+def _load_vae(model: str, where: Location, device: str) -> Any:
+    """A PSVAE or a PixelVAE."""
+    _check_device(device)
+    cls, _ = _recognise(where.open(model))
+    if cls.__name__ not in ("PSVAE", "PixelVAE"):
+        raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
+    return cls.from_pretrained(model, device=device, **asdict(where))
+
+
+def _refuse_folders(images: tuple[Path, ...]) -> None:
+    folder = next((path for path in images if path.is_dir()), None)
+    if folder is not None:
+        raise ConfigError(f"{folder} is a folder; wanted image files, such as {folder}/*.png")
+
+
+def _read_picture(path: Path, stride: int) -> torch.Tensor:
+    """``1 3 H W`` in [-1, 1], upright, cropped to multiples of the stride, which is said."""
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{path} cannot be read as an image ({error})") from error
+    width, height = (side // stride * stride for side in picture.size)
+    if not width or not height:
+        raise ConfigError(f"{path} is {picture.size[0]} x {picture.size[1]}; wanted at least {stride} on each side")
+    if (width, height) != picture.size:
+        _say(path.name, f"cropped from {picture.size[0]} x {picture.size[1]} to {width} x {height}")
+        picture = picture.crop((0, 0, width, height))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def _recognise(checkpoint: Checkpoint) -> tuple[type[HubMixin], Format | None]:

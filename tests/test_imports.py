@@ -134,9 +134,10 @@ def distributions():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_train_extra_installs_what_the_examples_import(path):
-    """Those that build diffusers' DiT need it too, as examples/README.md says."""
+    """Those that build diffusers' DiT, and the one that exports, need an extra more, as examples/README.md says."""
     with_diffusers = {"diffusers_dit", "sit", "train_sit", "sample_sit", "compare_reals"}
-    names = declared("train", "diffusers") if path.stem in with_diffusers else declared("train")
+    more = ["diffusers"] if path.stem in with_diffusers else ["onnx"] if path.stem == "export_onnx" else []
+    names = declared("train", *more)
     beside = {other.stem for other in EXAMPLES} | {"", "psvae", "scenes", *sys.stdlib_module_names}
     tops = {name.split(".")[0] for name in imports_of(path)} - beside
     assert sorted(top for top in tops if not names & {name.lower() for name in distributions()[top]}) == []

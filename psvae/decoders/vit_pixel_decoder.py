@@ -113,7 +113,7 @@ class ViTPixelDecoder(nn.Module, HubMixin):
         self.predict = nn.Linear(config.width, config.patch_size**2 * config.out_channels)
         self.apply(init_linear)
         # a build on the meta device must still hold these numbers: no checkpoint brings them
-        device = "cpu" if torch.get_default_device().type == "meta" else None
+        device = "cpu" if torch.empty(0).is_meta else None  # torch 2.7 does not tell its default in a `with`
         for name in ("output_mean", "output_std"):
             values = torch.tensor(getattr(config, name), device=device).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -134,7 +134,7 @@ class ViTPixelDecoder(nn.Module, HubMixin):
                 f"use images of {self.config.grid[0] * self.config.stride} x {self.config.grid[1] * self.config.stride}"
             )
         patches = self.embed(rearrange(latents, "B Z h w -> B (h w) Z"))
-        tokens = torch.cat([self.token.expand(len(patches), -1, -1), patches], dim=1) + self.positions
+        tokens = torch.cat([self.token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.positions
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, use_reentrant=False)

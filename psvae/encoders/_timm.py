@@ -27,7 +27,8 @@ TIMM_POSITIONS = ("bicubic", True, 0.0)  # mode, antialias, offset
 def import_timm() -> Any:
     """timm, or an error that names the usual cause and the mend."""
     try:
-        return importlib.import_module("timm")
+        with torch.device("cpu"):  # torch 2.7 computes while it is imported, and cannot on the meta device
+            return importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # a torchvision made for another torch raises RuntimeError
         raise MissingDependencyError(
             f"timm builds the encoder and could not be imported ({type(error).__name__}: {error}). It needs a "

@@ -131,7 +131,7 @@ class SemanticEncoder(nn.Module, HubMixin):
         self.feature_dim: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
         # a build on the meta device must still hold these numbers: no checkpoint brings them
-        device = "cpu" if torch.get_default_device().type == "meta" else None
+        device = "cpu" if torch.empty(0).is_meta else None  # torch 2.7 does not tell its default in a `with`
         self.register_buffer("mean", torch.tensor(config.mean, device=device).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std, device=device).view(3, 1, 1), persistent=False)
 

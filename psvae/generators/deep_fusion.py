@@ -124,7 +124,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers, or another
                 precision than the weights'. ConfigError: a prefix of another geometry; inputs that exclude each other.
         """
-        config = self.config
+        config, batch = self.config, latents.shape[0]  # len() would be a constant of an exported graph
         inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
             "encoder_hidden_states": encoder_hidden_states, "source_latents": source_latents, "drop_text": drop_text,
@@ -138,13 +138,13 @@ class DeepFusionDiT(nn.Module, HubMixin):
         hidden_states: dict[int, Tokens] = {}
         if condition is None:
             if not given:
-                prefix = PrefixCache.empty(config, len(latents), device=latents.device, dtype=latents.dtype)
+                prefix = PrefixCache.empty(config, batch, device=latents.device, dtype=latents.dtype)
             elif prefix is None:
                 prefix = self.encode_prefix(**inputs)
-            checks.check_prefix(config, prefix, len(latents))
+            checks.check_prefix(config, prefix, batch)
             condition, hidden_states = self._trunk(patches, grid, time, prefix, return_layers)
         else:
-            checks.check_condition(config, condition, len(latents), patches.shape[1])
+            checks.check_condition(config, condition, batch, patches.shape[1])
         output = image_of(self.head(patches, condition, time, grid, self.attention_backend), grid, config.patch_size)
         if config.prediction == "sample":
             output = velocity_from_clean(latents, output, timestep, config.sigma_floor)

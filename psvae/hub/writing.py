@@ -20,7 +20,7 @@ from psvae.hub.cards import MARK
 from psvae.hub.reading import INDEX, WEIGHTS
 from psvae.hub.source import CONFIG
 
-__all__ = ["WEIGHT_PATTERNS", "write_checkpoint", "write_file", "write_json"]
+__all__ = ["WEIGHT_PATTERNS", "write_checkpoint", "write_file", "write_json", "write_text"]
 
 WEIGHT_PATTERNS = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]
 _STAGING = ".saving"
@@ -96,7 +96,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: it could not be written; an older file is as it was.
     """
-    _replace(path, lambda staged: staged.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one text file in the same way.
+
+    Raises:
+        CheckpointError: it could not be written; an older file is as it was.
+    """
+    _replace(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,1 +1,1 @@
-"""Faces for other libraries. Each file needs the library that it is named after."""
+"""Faces for other libraries. diffusers.py needs the library that it is named after; comfyui.py does not."""

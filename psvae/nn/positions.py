@@ -25,7 +25,8 @@ def sincos_grid(
     axes = [torch.arange(size, device=device, dtype=dtype) * (1.0 if span is None else span / size) for size in grid]
     h, w = (axis[:, None] * rates for axis in axes)
     row, column = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (h, w))
-    table = torch.cat([column[None].expand(len(row), -1, -1), row[:, None].expand(-1, len(column), -1)], dim=-1)
+    rows, columns = row.shape[0], column.shape[0]  # len() would be a constant of an exported graph
+    table = torch.cat([column[None].expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)], dim=-1)
     return rearrange(table, "h w D -> 1 (h w) D")
 
 

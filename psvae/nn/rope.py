@@ -70,8 +70,7 @@ def grid_positions(
     columns from ``start``, and ``mrope`` keeps time there.
     """
     h, w = grid
-    row = torch.arange(h, device=start.device).repeat_interleave(w)
-    column = torch.arange(w, device=start.device).repeat(h)
+    row, column = _rows_and_columns(grid, start.device, torch.long)
     still = torch.zeros_like(row)
     if image_rope == "shared_index":
         offsets, length = (still, still, still), 1
@@ -85,12 +84,17 @@ def grid_positions(
 
 def axial_rope(grid: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> Rope:
     """RAE's and LightningDiT's: the first half of the frequencies turns by the row, the second by the column."""
-    h, w = grid
     quarter = head_dim // 4
     rates = 1.0 / theta ** (torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-    row = torch.arange(h, device=device, dtype=torch.float32).repeat_interleave(w)
-    column = torch.arange(w, device=device, dtype=torch.float32).repeat(h)
+    row, column = _rows_and_columns(grid, device, torch.float32)
     return _cos_sin(torch.cat([row[:, None] * rates, column[:, None] * rates], dim=-1)[None])
+
+
+def _rows_and_columns(grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of each token, row by row. By expand: torch.onnx translates repeat_interleave for one grid alone."""
+    h, w = (torch.arange(size, device=device, dtype=dtype) for size in grid)
+    shape = (h.shape[0], w.shape[0])
+    return h[:, None].expand(shape).flatten(), w.expand(shape).flatten()
 
 
 def _cos_sin(angles: Float[Tensor, "B N half"]) -> Rope:
