@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from frechet import frechet_distance
 from measures import active_channels, picture_measures
+from probes import accuracies
 from torch import Tensor, nn
 
 from psvae import PSVAE, PixelVAE, SemanticEncoder
@@ -72,23 +72,14 @@ def latents_of(vae: PSVAE | PixelVAE, pictures: Tensor, machine: Machine) -> Ten
 
 
 def probe(known: Tensor, classes: Tensor, unknown: Tensor, truth: Tensor) -> dict[str, float]:
-    """Logistic regression on the standardised mean over the grid (probe), and on all cells (probe_cells); 20 nearest
-    neighbours by cosine on the former."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def score(model: Any, fit_to: Tensor, tested: Tensor) -> float:
-        model = make_pipeline(StandardScaler(), model).fit(fit_to.numpy(), classes.numpy())
-        return float(np.mean(model.predict(tested.numpy()) == truth.numpy()))
-
-    means = [latents.mean(dim=(2, 3)) for latents in (known, unknown)]
+    """Linear probe and nearest neighbours of evaluate.py, on the mean over the grid, and on all cells (``_cells``)."""
+    labels, answers = classes.numpy(), truth.numpy()
+    means = accuracies(known.mean(dim=(2, 3)).numpy(), labels, unknown.mean(dim=(2, 3)).numpy(), answers)
+    cells = accuracies(known.flatten(1).numpy(), labels, unknown.flatten(1).numpy(), answers)
     return {
-        "probe": score(LogisticRegression(max_iter=500), *means),
-        "probe_cells": score(LogisticRegression(C=0.003, max_iter=60, tol=1e-3), known.flatten(1), unknown.flatten(1)),
-        "knn": score(KNeighborsClassifier(20, metric="cosine"), *means),
-    }
+        "probe": means["linear_probe"], "knn": means["knn"],
+        "probe_cells": cells["linear_probe"], "knn_cells": cells["knn"],
+    }  # fmt: skip
 
 
 def cosines(vae: PSVAE, frozen: SemanticEncoder, images: Tensor, machine: Machine) -> dict[str, float]:
