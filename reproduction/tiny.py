@@ -69,7 +69,7 @@ class Options:
     """Of all steps."""
     encoder_steps: int = 3500
     steps1: int = 1000
-    steps2: int = 4500
+    steps2: int = 9000
     batch_size: int = 8
     cifar_pictures: int = 3000
     """Of CIFAR-10 that the tokenizer learns, beside as many views of the photographs."""
@@ -170,7 +170,7 @@ def prepare(options: Options, train: cifar.Split) -> Path:
 
 
 def data_options(data: Path) -> DataOptions:
-    return DataOptions(str(data), size=ENLARGED, crop="zoom", zoom=(0.25, 1.0), workers=1)
+    return DataOptions(str(data), size=ENLARGED, crop="zoom", zoom=(0.2, 0.6), workers=1)
 
 
 def train_psvae(options: Options, data: Path) -> None:
