@@ -84,7 +84,7 @@ def main(options: Options) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=100)
     plt.close(figure)
-    print(f"{len(images)} pictures, {len(columns)} VAEs: {options.output}")
+    print(f"{len(images)} pictures, {len(columns)} VAE{'s' * (len(columns) != 1)}: {options.output}")
 
 
 def check(options: Options) -> None:

@@ -124,7 +124,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
             ShapeError: wrong rank, channels, grid or batch; σ outside [0, 1]; NaN. DtypeError: integers, or another
                 precision than the weights'. ConfigError: a prefix of another geometry; inputs that exclude each other.
         """
-        config, batch = self.config, latents.shape[0]  # len() would be a constant of an exported graph
+        config = self.config
         inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
             "encoder_hidden_states": encoder_hidden_states, "source_latents": source_latents, "drop_text": drop_text,
@@ -133,6 +133,7 @@ class DeepFusionDiT(nn.Module, HubMixin):
         given = checks.check_given(config, {"prefix": prefix, **inputs}, condition, return_layers)
         checks.check_noisy(config, latents, timestep)
         check_dtype(latents, self.embed_latents, "latents")
+        batch = latents.shape[0]  # len() would be a constant of an exported graph
         patches, grid = patches_of(latents, config.patch_size)
         time = self.embed_time(timestep, latents.dtype) if self.embed_time else None
         hidden_states: dict[int, Tokens] = {}

@@ -281,6 +281,7 @@ def test_no_dynamic_frees_nothing(example, tmp_path, capsys):
 
 
 @pytest.mark.compile
+@torch.no_grad()
 def test_a_grid_like_the_position_table_s_is_not_what_is_traced(example):
     """Or the resize would be left out for all sizes."""
     for native in ((3, 5), (5, 5), (3, 7)):
