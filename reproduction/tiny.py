@@ -1,4 +1,4 @@
-"""psvae-tiny: the trained PS-VAE that comes with the package, and how it was made.
+"""psvae-tiny: a small trained PS-VAE that is to come with the package, and how it is made.
 
     python -m reproduction.tiny --cifar cifar10/ --photographs photographs/
 

@@ -75,6 +75,6 @@ def _latent(spec: LatentSpec) -> str:
     kind = "channel" if spec.grid is None else f"element of a grid of {spec.grid[0]} x {spec.grid[1]}"
     by = "`encode` normalises and `decode` undoes it" if spec.applied_by == "encode" else "the caller's to apply"
     return (
-        f"{spec.channels} channels, one cell for {spec.stride} x {spec.stride} pixels. Statistics per {kind}, {by}: means "
-        f"{mean.min():.3g} to {mean.max():.3g}, standard deviations {std.min():.3g} to {std.max():.3g}."
+        f"{spec.channels} channels, one cell for {spec.stride} x {spec.stride} pixels. Statistics per {kind}, {by}: "
+        f"means {mean.min():.3g} to {mean.max():.3g}, standard deviations {std.min():.3g} to {std.max():.3g}."
     )
