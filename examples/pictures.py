@@ -70,5 +70,40 @@ def save_report(image: Tensor, stage1: Any, stage2: Any, frozen: Any, path: Path
     plt.close(figure)
 
 
+@torch.no_grad()
+def save_look(images: list[Tensor], model: Any, path: Path) -> None:
+    """A row for each image: it, its reconstruction, PCA of its latent, of its features, of its rebuilt features.
+
+    Args:
+        images: ``1 3 H W`` each, in [-1, 1].
+        model: a PSVAE with a semantic VAE.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(images), 5, figsize=(14, 3 * len(images)), squeeze=False, layout="constrained")
+    for row, image in zip(axes, images, strict=True):
+        posterior = model.encode(image).latent_dist
+        painted, features = model.decode(posterior.mode()).sample.clamp(-1, 1), model.features(image)
+        rebuilt = model.decode_features(posterior.mode())
+        psnr = -10 * torch.log10(((painted - image) / 2).square().mean())
+        colours = principal_colours(torch.cat([features, rebuilt]))  # one set of components for both
+        maps = (principal_colours(posterior.mode())[0], *colours)
+        titles = (
+            "input", f"reconstruction: {psnr:.1f} dB", f"latent, {posterior.mean.shape[1]} channels",
+            f"features, {features.shape[1]} channels",
+            f"features rebuilt from the latent:\ncosine {cosine_similarity_map(rebuilt, features).mean():.3f}",
+        )  # fmt: skip
+        shown = (_shown(image), _shown(painted), *(colour.permute(1, 2, 0) for colour in maps))
+        for axis, picture, title in zip(row, shown, titles, strict=True):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=10)
+            axis.axis("off")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def _shown(image: Tensor) -> Tensor:
     return (image[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)

@@ -2,6 +2,7 @@
 
     python examples/quickstart.py                       # scikit-image's bundled photographs
     python examples/quickstart.py --data ~/Pictures     # any folder of images
+    python examples/quickstart.py --model FOLDER        # nothing is trained: look at a model that there is
 
 A small PS-VAE is trained by examples/train_tokenizer.py; the photograph in the report was never seen. Its encoder
 is a small Vision Transformer with random weights, so that nothing is downloaded: it shows the method, not
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from data import DataOptions, center_transform
+from data import IMAGE_ENDINGS, DataOptions, center_transform, read_image
 from measures import measure, step_seconds
-from pictures import save_report
+from pictures import save_look, save_report
 from PIL import Image
+from torchvision.transforms.functional import center_crop, to_tensor
 from train_tokenizer import LossOptions, Options, build_model, main
 
 from psvae import PSVAE, PixelDecoderConfig, PSVAEConfig, SemanticEncoderConfig, SemanticVAEConfig
@@ -29,18 +31,22 @@ PHOTOGRAPHS = (
     "immunohistochemistry", "moon", "retina", "rocket",
 )  # fmt: skip
 HELD_OUT = "chelsea"
+SHOWN = (HELD_OUT, "astronaut", "coffee")
 LATENT_CHANNELS = 64
 TRAINING_SECONDS = 200
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a small PS-VAE in both stages and report on a photograph it never saw."""
+    """Train a small PS-VAE in both stages and report on a photograph it never saw; or look at a trained one."""
 
     data: Path | None = None
-    """A folder of images; the first in name order is held out. Without it, scikit-image's photographs."""
+    """A folder of images: in training the first in name order is held out; of --model the first three are shown.
+    Without it, scikit-image's photographs."""
     output: Path = Path("outputs/quickstart")
-    """Where the model, report.png and metrics.json go."""
+    """Where the model, report.png and metrics.json go; of --model, look.png."""
+    model: str | None = None
+    """Folder or Hub id of a PSVAE to look at; None trains one."""
     encoder: str | None = None
     """A timm model with published weights to start from, such as vit_small_patch14_reg4_dinov2.lvd142m (needs a
     network); without it, a small one with random weights."""
@@ -51,7 +57,42 @@ class Quickstart:
 
 
 def run(options: Quickstart) -> int:
-    """Train, save, load, measure, draw; returns the exit code."""
+    """Returns the exit code."""
+    return train(options) if options.model is None else look(options, options.model)
+
+
+def look(options: Quickstart, name: str) -> int:
+    """Encode and decode photographs of any size, and draw what the latent holds."""
+    from skimage import data
+
+    model = PSVAE.from_pretrained(name)
+    if options.data is None:
+        photographs = {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in SHOWN}
+    else:
+        photographs = {file.name: read_image(file) for file in images_of(options.data, least=1)[: len(SHOWN)]}
+    stride = model.config.spatial_compression_ratio
+    images = {name: whole_cells(photograph, stride) for name, photograph in photographs.items()}
+    with torch.no_grad():
+        for title, image in images.items():
+            latents = model.encode(image).latent_dist.mode()
+            error = (model.decode(latents).sample.clamp(-1, 1) - image).square().mean()
+            psnr = -10 * torch.log10(error / 4)
+            print(f"{title}: {tuple(image.shape[2:])} pixels, latents {tuple(latents.shape[1:])}, PSNR {psnr:.2f} dB")
+    options.output.mkdir(parents=True, exist_ok=True)
+    save_look(list(images.values()), model, options.output / "look.png")
+    print(f"the picture is {options.output / 'look.png'}")
+    return 0
+
+
+def whole_cells(photograph: Image.Image, stride: int) -> torch.Tensor:
+    """``1 3 H W`` in [-1, 1]: at most 512 pixels a side, its middle cut to whole latent cells."""
+    photograph.thumbnail((512, 512))
+    width, height = (side - side % stride for side in photograph.size)
+    return center_crop(to_tensor(photograph), [height, width])[None] * 2 - 1
+
+
+def train(options: Quickstart) -> int:
+    """Train, save, load, measure, draw."""
     torch.manual_seed(0)
     folder, held_out = prepare_photographs(options)
     main(fit_steps(options, training_options(options, folder, held_out)))
@@ -74,11 +115,7 @@ def prepare_photographs(options: Quickstart) -> tuple[Path, Path]:
     (folder / "train").mkdir(parents=True)
     (folder / "held_out").mkdir()
     if options.data is not None:
-        endings = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-        files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in endings)
-        if len(files) < 2:
-            raise SystemExit(f"{options.data} holds {len(files)} images; wanted two or more, one of them to hold out")
-        for number, file in enumerate(files):
+        for number, file in enumerate(images_of(options.data, least=2)):
             place = "train" if number else "held_out"
             (folder / place / f"{number:06d}-{file.name}").symlink_to(file.resolve())
     else:
@@ -94,6 +131,15 @@ def prepare_photographs(options: Quickstart) -> tuple[Path, Path]:
                 photograph.thumbnail((512, 512))
                 photograph.save(folder / "train" / f"{name}.bmp")  # read a hundred times each: no decompression
     return folder / "train", next((folder / "held_out").iterdir())
+
+
+def images_of(folder: Path, least: int) -> list[Path]:
+    """In name order."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    if len(files) < least:
+        wanted = "two or more, one of them to hold out" if least > 1 else "one or more"
+        raise SystemExit(f"{folder} holds {len(files)} images; wanted {wanted}")
+    return files
 
 
 def training_options(options: Quickstart, folder: Path, held_out: Path) -> Options:

@@ -114,6 +114,7 @@ class HubMixin:
         *,
         max_shard_size: str | int = "5GB",
         training_command: str | None = None,
+        training_data: str | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Write config, weights and model card. A crash half-way leaves an older checkpoint there, of the
@@ -124,14 +125,14 @@ class HubMixin:
 
         Args:
             max_shard_size: weights above it are split, such as ``"5GB"``.
-            training_command: written into the card.
+            training_command, training_data: written into the card: how the weights were made, and from what.
             metrics: measured numbers by name, written into the card.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         module: Any = self
-        card = model_card(module, training_command=training_command, metrics=metrics)
+        card = model_card(module, training_command=training_command, training_data=training_data, metrics=metrics)
         config = {"_class": type(self).__name__, **self.config.to_dict()}
         write_checkpoint(Path(folder), config, module.state_dict(), card, max_shard_size)
 

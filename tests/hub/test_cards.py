@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
 
 from psvae import PSVAE, PixelDecoder
 from psvae.hub.cards import MARK
 from tests.hub.checkpoints import BUILDERS, assert_same, weight_files
-from tests.tiny import tiny_decoder, tiny_psvae
+from tests.tiny import tiny_decoder, tiny_pixel_vae, tiny_psvae
 
 COMMAND = "python examples/train_tokenizer.py --stage both --data photos"
 METRICS = {"psnr": 28.7351, "lpips": 0.0857}
@@ -64,6 +65,22 @@ def test_a_card_without_command_or_metrics_says_so(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "No command was recorded." in text
     assert "Nothing was recorded." in text
+
+
+def test_the_card_tells_data_and_latent(tmp_path: Path) -> None:
+    vae = tiny_psvae()
+    vae.latent_spec.std.copy_(torch.linspace(1, 2.5, vae.latent_spec.channels)[:, None, None])
+    vae.save_pretrained(tmp_path, training_data="Three pictures of a cat.")
+    text = (tmp_path / "README.md").read_text()
+    assert "## Training\n\nThree pictures of a cat.\n\nNo command" in text
+    stride = vae.latent_spec.stride
+    assert f"{vae.latent_spec.channels} channels, one cell for {stride} x {stride} pixels" in text
+    assert "`encode` normalises" in text
+    assert "standard deviations 1 to 2.5" in text
+    tiny_pixel_vae().save_pretrained(tmp_path / "pixel")
+    assert "the caller's to apply" in (tmp_path / "pixel" / "README.md").read_text()
+    tiny_decoder().save_pretrained(tmp_path / "decoder")
+    assert "## Latent" not in (tmp_path / "decoder" / "README.md").read_text()
 
 
 def test_a_card_of_psvae_is_brought_up_to_date(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""CIFAR-10 as tensors: from a folder in the Hugging Face parquet layout, or downloaded."""
+
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SIDE, CLASSES = 32, 10
+DATASET = "uoft-cs/cifar10"
+COLUMNS = (("image", "img"), ("label", "labels"))  # accepted names of each
+
+
+class Split(NamedTuple):
+    """Pictures ``N 3 32 32``, uint8, and their classes ``N``."""
+
+    pictures: Tensor
+    labels: Tensor
+
+    def images(self, places: Tensor | slice) -> Tensor:
+        """``B 3 32 32`` in [-1, 1]."""
+        return to_images(self.pictures[places])
+
+
+def to_images(pictures: Tensor) -> Tensor:
+    return pictures.float() / 127.5 - 1
+
+
+def load(data: Path | None, cache: Path) -> tuple[Split, Split]:
+    """Train and test; decoded once, then read from ``cache``.
+
+    Args:
+        data: folder with train.parquet and test.parquet, or with ``train-*`` and ``test-*`` below it; None downloads.
+
+    Raises:
+        SystemExit: a split or a column is missing, or pictures are of another size.
+    """
+    train, test = (read(data, name, cache / f"{name}.npz") for name in ("train", "test"))
+    return train, test
+
+
+def read(data: Path | None, split: str, file: Path) -> Split:
+    if not file.exists():
+        pictures, labels = decode(data, split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        with partial.open("wb") as opened:
+            np.savez(opened, pictures=pictures, labels=labels)
+        os.replace(partial, file)
+    with np.load(file) as content:
+        return Split(torch.from_numpy(content["pictures"]), torch.from_numpy(content["labels"]))
+
+
+def decode(data: Path | None, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 ``N 3 32 32`` and int64 ``N``."""
+    import datasets
+
+    if data is None:
+        table = datasets.load_dataset(DATASET, split=split)
+    else:
+        files = sorted(str(path) for path in data.rglob("*.parquet") if path.name.startswith(split))
+        if not files:
+            raise SystemExit(
+                f"{data} has no {split}*.parquet; wanted CIFAR-10 in the Hugging Face layout, or --download"
+            )
+        table = datasets.Dataset.from_parquet(files)
+    names = [next((name for name in known if name in table.column_names), None) for known in COLUMNS]
+    if None in names:
+        wanted = " and ".join(" or ".join(known) for known in COLUMNS)
+        raise SystemExit(f"the {split} split has columns {', '.join(table.column_names)}; wanted {wanted}")
+    image, label = names
+    encoded = table.select_columns([image, label]).cast_column(image, datasets.Image(decode=False))
+    pictures = np.empty((len(encoded), 3, SIDE, SIDE), np.uint8)
+    for place, row in enumerate(encoded):
+        picture = Image.open(io.BytesIO(row[image]["bytes"])).convert("RGB")
+        if picture.size != (SIDE, SIDE):
+            raise SystemExit(f"picture {place} of {split} is {picture.size[0]} x {picture.size[1]}; wanted 32 x 32")
+        pictures[place] = np.asarray(picture).transpose(2, 0, 1)
+    return pictures, np.asarray(encoded[label], np.int64)

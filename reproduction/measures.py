@@ -1,0 +1,115 @@
+"""What is measured of each space, on the test pictures."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from frechet import frechet_distance
+from measures import active_channels, picture_measures
+from probes import accuracies
+from torch import Tensor, nn
+
+from psvae import PSVAE, PixelVAE, SemanticEncoder
+from psvae.losses import cosine_similarity_map
+from reproduction.cifar import Split, to_images
+from reproduction.classifiers import Judge, accuracy
+from reproduction.training import Machine, batched
+
+BATCH = 250
+
+
+def rounded(numbers: dict[str, Any]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in numbers.items()}
+
+
+def reconstruction(paint: Callable[[Tensor], Tensor], test: Split, judge: Judge, machine: Machine) -> dict[str, float]:
+    """psnr, ssim, and lpips where its weights are on this machine, each a mean over pictures of 8 bits; the Fréchet
+    distance of the judge's features from the originals', and how often the judge still names the class.
+
+    Args:
+        paint: images → their reconstructions, ``B 3 H W`` both.
+    """
+    images = to_images(test.pictures)
+    made = eight_bits(batched(paint, images, machine, BATCH))
+    rows = [
+        {name: float(value) * len(part) for name, value in picture_measures(part, original).items()}
+        for part, original in zip(made.split(BATCH), images.split(BATCH), strict=True)
+    ]
+    numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
+    seen = [batched(judge.features, pictures, machine, BATCH) for pictures in (images, made)]
+    numbers |= {"frechet": frechet_distance(*seen), "class_accuracy": accuracy(judge, made, test.labels, machine)}
+    return rounded(numbers)
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """As they would be saved and read."""
+    return to_images(((images.clamp(-1, 1) + 1) * 127.5).round())
+
+
+def semantics(
+    vae: PSVAE | PixelVAE, frozen: SemanticEncoder, train: Split, test: Split, fitted: int, machine: Machine
+) -> dict[str, float]:
+    """Linear probe and nearest neighbours on the latents; cosines with the frozen features; channels in use.
+
+    Args:
+        fitted: training pictures that the probes see.
+    """
+    known, unknown = (latents_of(vae, split.pictures, machine) for split in (Split(*(x[:fitted] for x in train)), test))
+    numbers = probe(known, train.labels[:fitted], unknown, test.labels)
+    if isinstance(vae, PSVAE):
+        numbers |= cosines(vae, frozen, to_images(test.pictures[:2000]), machine)
+    return rounded(numbers)
+
+
+def latents_of(vae: PSVAE | PixelVAE, pictures: Tensor, machine: Machine) -> Tensor:
+    """The posterior's means, normalised, ``N Z h w``."""
+
+    def read(part: Tensor) -> Tensor:
+        mean = vae.encode(to_images(part)).latent_dist.mode()
+        return mean if isinstance(vae, PSVAE) else vae.latent_spec.normalize(mean)
+
+    return batched(read, pictures, machine, BATCH)
+
+
+def probe(known: Tensor, classes: Tensor, unknown: Tensor, truth: Tensor) -> dict[str, float]:
+    """Linear probe and nearest neighbours of evaluate.py, on the mean over the grid, and on all cells (``_cells``)."""
+    labels, answers = classes.numpy(), truth.numpy()
+    means = accuracies(known.mean(dim=(2, 3)).numpy(), labels, unknown.mean(dim=(2, 3)).numpy(), answers)
+    cells = accuracies(known.flatten(1).numpy(), labels, unknown.flatten(1).numpy(), answers)
+    return {
+        "probe": means["linear_probe"], "knn": means["knn"],
+        "probe_cells": cells["linear_probe"], "knn_cells": cells["knn"],
+    }  # fmt: skip
+
+
+def cosines(vae: PSVAE, frozen: SemanticEncoder, images: Tensor, machine: Machine) -> dict[str, float]:
+    """Of the tuned features, and of the rebuilt ones, with the frozen encoder's; the share of channels in use."""
+    rows: list[dict[str, float]] = []
+    moments: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode(), machine.autocast():
+        for part in images.split(BATCH):
+            part = part.to(machine.device)
+            output, target = vae(part), frozen(part)
+            row = {"encoder_cosine": float(cosine_similarity_map(output.features, target).mean())}
+            if output.rebuilt_features is not None:
+                row["feature_cosine"] = float(cosine_similarity_map(output.rebuilt_features, target).mean())
+                moments.append((output.posterior.mean.float().cpu(), output.posterior.var.float().cpu()))
+            rows.append(row)
+    numbers = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    if moments:
+        numbers["active_channels"] = active_channels(*(torch.cat(parts) for parts in zip(*moments, strict=True)))
+    return numbers
+
+
+def painter(vae: PSVAE | PixelVAE) -> Callable[[Tensor], Tensor]:
+    """Through the public encode and decode, from the posterior's mean."""
+
+    def paint(images: Tensor) -> Tensor:
+        return vae.decode(vae.encode(images).latent_dist.mode()).sample
+
+    return paint
+
+
+def parameters(model: nn.Module) -> float:
+    """In millions."""
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)

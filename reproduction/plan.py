@@ -1,0 +1,62 @@
+"""How much of everything: the whole reproduction, and a tenth of it. Nothing here was chosen after seeing a result."""
+
+from dataclasses import dataclass, field, replace
+
+from reproduction.generation import Sizes
+from reproduction.spaces import ABLATED, CONVOLUTIONAL, PHASES, PS_VAE, SWEEP
+
+MAIN = ("rae", "s-vae", PS_VAE, "rae-hd", "p-vae")  # Tables 2, 4 and 6
+GENERATED = ("rae-hd", "rae", "s-vae", PS_VAE, "p-vae", *CONVOLUTIONAL)
+MEANS = f"{PS_VAE}-means"  # PS-VAE, with a generator of its posterior's means
+SEEDS = (0, 1, 2)  # of the generators, and of the MAIN spaces
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps, batches and pictures."""
+
+    width: int = 128
+    depth: int = 6
+    encoder_small_steps: int = 2200
+    encoder_steps: int = 1550
+    encoder_batch: int = 256
+    judge_width: int = 32
+    judge_steps: int = 2800
+    judge_batch: int = 128
+    space_steps: int = 1500
+    """Of each space; half of them before the encoder is tuned."""
+    space_batch: int = 32
+    ablation_steps: int = 750
+    generator_steps: int = 1000
+    generator_batch: int = 64
+    kept: int = 5
+    """Channels of the shortcut test: the paper's 32 of 768, of 128."""
+    convolutional_channels: int = 16
+    probe_pictures: int = 10_000
+    sizes: Sizes = field(default_factory=Sizes)
+    toy_steps: int = 3000
+
+
+WHOLE = Plan()
+QUICK = replace(
+    WHOLE, encoder_small_steps=220, encoder_steps=155, judge_steps=280, space_steps=150, ablation_steps=75,
+    generator_steps=100, probe_pictures=2000, toy_steps=300,
+    sizes=replace(WHOLE.sizes, samples=500, updates=10, measured=2, pictures=2500),
+)  # fmt: skip
+
+
+def phases_of(space: str) -> list[str]:
+    """Its phases, the first one first."""
+    chain = [space]
+    while (before := PHASES[chain[0]].after) is not None:
+        chain.insert(0, before)
+    return chain
+
+
+def spaces() -> list[str]:
+    """In the order of the paper's tables: the last phases."""
+    return ["rae", "s-vae", *(f"ps-vae-{z}" for z in SWEEP), "rae-hd", "p-vae", "mlp", "on-features", *CONVOLUTIONAL]
+
+
+def ablations() -> list[str]:
+    return [name for group in ABLATED.values() for name in group if not name.endswith("-stage1")]

@@ -1,0 +1,257 @@
+"""Both papers' tables, small, on CIFAR-10.
+
+    python -m reproduction.run --data cifar10/             # all of it; killed, the same command goes on
+    python -m reproduction.run --data cifar10/ --quick     # the same path, a tenth of the work
+
+Stages run one after the other; each leaves its numbers in ``results/`` of --output and is not run again. The page and
+its figures are drawn from these numbers.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))  # their losses and measures serve here too
+
+from checkpoints import changed, write_text  # noqa: E402
+
+from psvae import PSVAE, SemanticEncoder  # noqa: E402
+from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
+from reproduction.plan import GENERATED, MAIN, MEANS, QUICK, SEEDS, WHOLE, Plan, ablations, phases_of  # noqa: E402
+from reproduction.plan import spaces as all_spaces  # noqa: E402
+from reproduction.training import Machine, Recipe  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Options:
+    """Reproduce both papers' comparisons on CIFAR-10."""
+
+    data: Path | None = None
+    """Folder with train*.parquet and test*.parquet, columns image (or img) and label."""
+    download: bool = False
+    """Fetch CIFAR-10 from the Hub instead."""
+    output: Path = Path("outputs/reproduction")
+    """Weights, state and results; --quick has a folder of its own below it."""
+    quick: bool = False
+    """A tenth of the work."""
+    precision: str = "bf16"
+    """Of matrix products and convolutions: bf16, or fp32."""
+    only: str | None = None
+    """Run the stages whose name starts so, whatever they need before them being there."""
+
+
+class Run(NamedTuple):
+    """What every stage is given."""
+
+    plan: Plan
+    output: Path
+    train: cifar.Split
+    test: cifar.Split
+    machine: Machine
+
+    @property
+    def encoder(self) -> Path:
+        return self.output / "encoder" / "encoder"
+
+    def spaces(self, seed: int = 0) -> Path:
+        return self.output / "spaces" / str(seed)
+
+    def frozen(self) -> SemanticEncoder:
+        return SemanticEncoder.from_pretrained(self.encoder).to(self.machine.device).eval().requires_grad_(False)
+
+    def judge(self) -> classifiers.Judge:
+        return classifiers.load_judge(self.plan.judge_width, self.output / "judge", self.machine)
+
+
+Stage = tuple[str, Callable[[Run], dict[str, Any]]]
+
+
+# The stages
+
+
+def encoder(run: Run) -> dict[str, Any]:
+    plan, folder = run.plan, run.output / "encoder"
+    recipe = Recipe(plan.encoder_steps, plan.encoder_batch, 1e-3, seed=100, weight_decay=0.05)
+    classifiers.train_encoder(run.train, plan.width, plan.depth, recipe, plan.encoder_small_steps, folder, run.machine)
+    model = run.frozen()
+    known, unknown = (
+        measures.batched(model, cifar.to_images(pictures), run.machine)
+        for pictures in (run.train.pictures[: plan.probe_pictures], run.test.pictures)
+    )
+    found = measures.probe(known, run.train.labels[: plan.probe_pictures], unknown, run.test.labels)
+    return measures.rounded(found) | {"parameters_m": measures.parameters(model)}
+
+
+def judge(run: Run) -> dict[str, Any]:
+    recipe = Recipe(run.plan.judge_steps, run.plan.judge_batch, 2e-3, seed=200, weight_decay=0.05)
+    classifiers.train_judge(run.train, run.plan.judge_width, recipe, run.output / "judge", run.machine)
+    real = cifar.to_images(run.test.pictures)
+    return {"accuracy": round(classifiers.accuracy(run.judge(), real, run.test.labels, run.machine), 4)}
+
+
+def space_recipe(run: Run, seed: int, steps: int) -> Recipe:
+    return Recipe(steps, run.plan.space_batch, 1e-3, seed=300 + seed)
+
+
+def phase(run: Run, name: str, seed: int, steps: int) -> dict[str, Any]:
+    """One training of one space, and if it is the last one its measures."""
+    folder, recipe = run.spaces(seed), space_recipe(run, seed, steps)
+    if name in spaces.CONVOLUTIONAL:
+        channels = run.plan.convolutional_channels
+        spaces.train_convolutional(name, run.encoder, folder, run.train, recipe, channels, run.machine)
+    else:
+        spaces.train_phase(name, run.encoder, folder, run.train, recipe, run.machine)
+    if name not in (*all_spaces(), *ablations()):
+        return {}
+    vae = spaces.load_space(name, folder, run.machine)
+    fitted = run.plan.probe_pictures
+    numbers = measures.semantics(vae, run.frozen(), run.train, run.test, fitted, run.machine)
+    numbers |= measures.reconstruction(measures.painter(vae), run.test, run.judge(), run.machine)
+    return {"channels": vae.config.latent_channels, "parameters_m": measures.parameters(vae), **numbers}
+
+
+def shortcut(run: Run, which: Any) -> dict[str, Any]:
+    """Section 5.4: a decoder on the channels of RAE-HD that moved most, or least."""
+    recipe = space_recipe(run, 0, run.plan.space_steps)
+    model = spaces.train_kept(which, run.plan.kept, run.encoder, run.spaces(), run.train, recipe, run.machine)
+    numbers = measures.reconstruction(model.eval(), run.test, run.judge(), run.machine)
+    return {"kept": model.channels, "of": run.plan.width, **numbers}
+
+
+def moved(run: Run) -> dict[str, Any]:
+    """How far each channel of RAE-HD is from the frozen encoder's."""
+    tuned = PSVAE.from_pretrained(run.spaces() / "rae-hd").to(run.machine.device).encoder.eval()
+    images = run.train.images(slice(0, 2000))
+    return {"squares": [round(x, 5) for x in spaces.moved(tuned, run.frozen(), images, run.machine).tolist()]}
+
+
+def generator(run: Run, name: str, seed: int, moments: dict[str, generation.Moments]) -> dict[str, Any]:
+    """One generator in one space; its measures against training steps."""
+    vae = spaces.load_space(spaces.PS_VAE if name == MEANS else name, run.spaces(), run.machine)
+    if name not in moments:  # of all seeds; one space at a time is held
+        moments.clear()
+        moments[name] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
+        if name == MEANS:
+            moments[name].std.zero_()
+    folder = run.output / "generators" / f"{name}-{seed}"
+    file = folder / "curve.json"
+    curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+
+    def record(step: int, numbers: dict[str, float]) -> None:
+        curve[str(step)] = numbers
+        write_text(file, json.dumps(curve))
+
+    recipe = Recipe(run.plan.generator_steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
+    model = generation.train_generator(
+        vae, moments[name], run.test, run.judge(), run.plan.sizes, recipe, folder, run.machine, record
+    )
+    channels, side = moments[name].mean.shape[1], moments[name].mean.shape[-1]
+    made = generation.sample(model, vae, (40, channels, side, side), run.plan.sizes.updates, seed, run.machine)
+    report.save_pictures(made, folder / "samples.png")
+    (folder / "state.pt").unlink(missing_ok=True)
+    return {"curve": curve, "parameters_m": measures.parameters(model)}
+
+
+def toy(run: Run) -> dict[str, Any]:
+    """Figure 3, by examples/off_manifold.py."""
+    import off_manifold
+
+    folder = run.output / "off_manifold"
+    every = max(1, run.plan.toy_steps // 10)
+    off_manifold.main(off_manifold.Options(steps=run.plan.toy_steps, every=every, output=folder))
+    found = json.loads((folder / "off_manifold.json").read_text())
+    return {name: found[name] for name in ("tail", "floor", "mean difference", "standard error", "differences")}
+
+
+def stages(run: Run) -> Iterator[Stage]:
+    """In their order; each needs only earlier ones."""
+    yield "encoder", encoder
+    yield "judge", judge
+    ordered: dict[str, None] = {}
+    for name in all_spaces():
+        ordered |= dict.fromkeys(phases_of(name) if name in spaces.PHASES else [name])
+    for name in ordered:
+        yield f"space-0-{name}", lambda run, name=name: phase(run, name, 0, run.plan.space_steps)
+    yield "moved", moved
+    for which in ("moved", "still"):
+        yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
+    yield "toy", toy
+    moments: dict[str, generation.Moments] = {}
+    for name in (*GENERATED, MEANS):
+        for seed in SEEDS:
+            yield f"generator-{name}-{seed}", lambda run, name=name, seed=seed: generator(run, name, seed, moments)
+    for seed in SEEDS[1:]:
+        for name in dict.fromkeys(name for space in MAIN for name in phases_of(space)):
+            yield (
+                f"space-{seed}-{name}",
+                lambda run, name=name, seed=seed: phase(run, name, seed, run.plan.space_steps),
+            )
+    for name in dict.fromkeys(name for space in ablations() for name in phases_of(space)):
+        yield f"ablation-{name}", lambda run, name=name: phase(run, name, 0, run.plan.ablation_steps)
+    name = spaces.PS_VAE
+    for which in phases_of(name):  # what the ablations are compared with, at their steps
+        yield f"ablation-{which}", lambda run, which=which: baseline(run, which)
+
+
+def baseline(run: Run, name: str) -> dict[str, Any]:
+    """The defaults at the ablations' steps, in a folder of their own."""
+    there = run._replace(output=run.output / "ablation-baseline")
+    (there.output).mkdir(parents=True, exist_ok=True)
+    for part in ("encoder", "judge"):
+        if not (there.output / part).exists():
+            (there.output / part).symlink_to((run.output / part).resolve(), target_is_directory=True)
+    return phase(there, name, 0, run.plan.ablation_steps)
+
+
+# The run
+
+
+def main(options: Options) -> None:
+    plan = QUICK if options.quick else WHOLE
+    output = options.output / "quick" if options.quick else options.output
+    claim(options, plan, output)
+    train, test = cifar.load(options.data, output / "data")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(plan, output, train, test, Machine(device, options.precision == "bf16"))
+    results = output / "results"
+    for name, stage in stages(run):
+        file = results / f"{name}.json"
+        if file.exists() or (options.only is not None and not name.startswith(options.only)):
+            continue
+        started = time.time()
+        numbers = stage(run)
+        numbers["minutes"] = round((time.time() - started) / 60, 2)
+        write_text(file, json.dumps(numbers, indent=2) + "\n")
+        shown = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+        print(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
+    page = report.write(results, output, ROOT / "docs" if not options.quick else output)
+    print(f"the page is {page}")
+
+
+def claim(options: Options, plan: Plan, output: Path) -> None:
+    """Results of one plan alone lie together.
+
+    Raises:
+        SystemExit: there is no data, an unknown precision, or results of another plan.
+    """
+    if options.precision not in ("bf16", "fp32"):
+        raise SystemExit(f"--precision is {options.precision!r}; wanted bf16 or fp32")
+    if (options.data is None) != options.download:
+        raise SystemExit("wanted --data FOLDER or --download, one of the two")
+    asked = json.loads(json.dumps({"precision": options.precision, **asdict(plan)}))
+    file = output / "plan.json"
+    if file.exists() and (difference := changed(json.loads(file.read_text()), asked)):
+        raise SystemExit(f"{output} holds results of another plan ({difference}); another --output begins anew")
+    write_text(file, json.dumps(asked, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,380 @@
+"""The reproduction in small: it trains what it says, resumes exactly, measures what it names, and its page agrees with
+its numbers."""
+
+import io
+import json
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from psvae import PSVAE, SemanticEncoder, flow
+from tests.examples.generator_world import script
+
+script("checkpoints")  # the examples are importable from here on
+from reproduction import (  # noqa: E402
+    cifar,
+    classifiers,
+    generation,
+    measures,
+    orderings,
+    plan,
+    report,
+    run,
+    spaces,
+    training,
+)  # fmt: skip
+
+CPU = training.Machine(torch.device("cpu"), bf16=False)
+WIDTH = 32
+
+
+def split(count, seed=0):
+    """Pictures whose class is their brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+    noise = torch.randint(0, 20, (count, 3, 32, 32), generator=generator)
+    return cifar.Split((labels[:, None, None, None] * 22 + noise).byte(), labels)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    SemanticEncoder(classifiers.encoder_config(WIDTH, 1)).save_pretrained(folder)
+    return folder
+
+
+# Data
+
+
+def parquet(folder, names, sides=(32, 32)):
+    for part in ("train", "test"):
+        rows = []
+        for number, side in enumerate(sides):
+            buffer = io.BytesIO()
+            Image.fromarray(np.full((side, side, 3), 10 * number, np.uint8)).save(buffer, "png")
+            rows.append({"bytes": buffer.getvalue(), "path": None})
+        table = datasets.Dataset.from_dict({names[0]: rows, names[1]: [number % 10 for number in range(len(sides))]})
+        table.cast_column(names[0], datasets.Image()).to_parquet(folder / f"{part}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("names", [("img", "label"), ("image", "label")])
+def test_reads_both_layouts_and_the_cache(tmp_path, names):
+    train, test = cifar.load(parquet(tmp_path, names), tmp_path / "cache")
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1]
+    assert train.pictures[1].unique().tolist() == [10]
+    assert train.images(slice(0, 1)).unique().tolist() == [-1]
+    for file in tmp_path.glob("*.parquet"):
+        file.unlink()
+    again, _ = cifar.load(tmp_path, tmp_path / "cache")
+    assert torch.equal(again.pictures, train.pictures)
+
+
+def test_refuses_other_data(tmp_path):
+    with pytest.raises(SystemExit, match=r"no train\*.parquet"):
+        cifar.load(tmp_path, tmp_path / "cache")
+    with pytest.raises(SystemExit, match="columns photo, label; wanted image or img and label"):
+        cifar.load(parquet(tmp_path, ("photo", "label")), tmp_path / "cache")
+    with pytest.raises(SystemExit, match="picture 1 of train is 28 x 28"):
+        cifar.load(parquet(tmp_path, ("img", "label"), (32, 28)), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("crop", [24, 32])
+def test_crops_lie_in_the_picture_and_differ(crop):
+    torch.manual_seed(0)
+    images = torch.arange(32.0).expand(8, 3, 32, 32)
+    shown = classifiers.augmented(images, crop)
+    assert shown.shape == (8, 3, crop, crop)
+    steps = shown.diff(dim=3).abs()
+    assert (steps == 1).float().mean() > 0.95  # neighbours stay neighbours, but for the reflected edge
+    assert len(shown[:, 0, 0, 0].unique()) > 2
+
+
+# Training
+
+
+def test_a_killed_training_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    data = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    recipe = training.Recipe(steps=12, batch=4, lr=0.1, seed=3, ema=0.5)
+
+    def train(folder, stop=None):
+        torch.manual_seed(1)
+        seen = []
+
+        def loss(model, places, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return (model(data[places]) - torch.randn(4, 1)).square().mean()
+
+        folder.mkdir(exist_ok=True)
+        return training.fit(nn.Linear(4, 1), loss, recipe, 20, folder, CPU, lambda m, step: seen.append(step)), seen
+
+    monkeypatch.setattr(training, "SAVE_EVERY", -1)
+    whole, steps = train(tmp_path / "whole")
+    assert steps == list(range(1, 13))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", stop=7)
+    resumed, steps = train(tmp_path / "killed")
+    assert steps == list(range(8, 13))
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_stops_at_nan(tmp_path):
+    recipe = training.Recipe(2, 1, 0.1, seed=0)
+    with pytest.raises(SystemExit, match="loss of step 0 is nan"):
+        training.fit(nn.Linear(1, 1), lambda m, p, s: m(torch.tensor([[torch.nan]])).sum(), recipe, 1, tmp_path, CPU)
+
+
+# Spaces
+
+
+def gradients(name, encoder, folder, changes=()):
+    """Which parts of a phase's model get gradients."""
+    phase = replace(spaces.PHASES[name], **dict(changes))
+    torch.manual_seed(0)
+    model = spaces.build(phase, SemanticEncoder.from_pretrained(encoder)).train()
+    model.encoder.requires_grad_(phase.mode != "frozen")
+    frozen = SemanticEncoder.from_pretrained(encoder).requires_grad_(False)
+    spaces.psvae_loss(model, frozen, split(4).images(slice(None)), phase, share=1.0).backward()
+    parts = {"encoder": model.encoder, "decoder": model.decoder}
+    if model.vae is not None:
+        parts |= {"down": model.vae.encoder, "up": model.vae.decoder}
+    return {part for part, module in parts.items() if any(p.grad is not None for p in module.parameters())}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("rae", {"decoder"}),
+        ("rae-hd", {"encoder", "decoder"}),
+        ("s-vae", {"down", "up", "decoder"}),
+        (plan.PS_VAE, {"encoder", "down", "up", "decoder"}),
+        ("p-vae", {"encoder", "down", "decoder"}),
+    ],
+)
+def test_each_space_trains_its_parts(name, expected, encoder, tmp_path):
+    assert gradients(name, encoder, tmp_path) == expected
+
+
+def test_stage_one_keeps_pixels_from_the_latent(encoder, tmp_path):
+    weights = spaces.Weights(semantic=0.0, kl=0.0)
+    frozen = gradients("s-vae", encoder, tmp_path, {"weights": weights}.items())
+    assert "decoder" in frozen
+    model = spaces.build(spaces.PHASES["s-vae"], SemanticEncoder.from_pretrained(encoder)).train()
+    model.encoder.requires_grad_(False)
+    phase = replace(spaces.PHASES["s-vae"], weights=weights)
+    spaces.psvae_loss(model, model.encoder, split(2).images(slice(None)), phase, 1.0).backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.vae.parameters())
+
+
+def test_variants_are_what_their_names_say(encoder):
+    made = {
+        name: spaces.build(spaces.PHASES[name], SemanticEncoder.from_pretrained(encoder))
+        for name in ("rae", "mlp", "on-features", plan.PS_VAE)
+    }
+    assert made["rae"].vae is None
+    assert made["rae"].config.latent_channels == WIDTH
+    assert made["mlp"].config.vae.depth == 0
+    assert made["on-features"].config.decoder_reads == "features"
+    assert made[plan.PS_VAE].config.latent_channels == 16
+    decoders = {
+        sum(p.numel() for n, p in model.decoder.named_parameters() if not n.startswith("conv_in"))
+        for model in made.values()
+    }
+    assert len(decoders) == 1
+
+
+def test_blocks_from_the_encoder_are_its_last(tmp_path):
+    whole = SemanticEncoder(classifiers.encoder_config(WIDTH, 3))
+    model = spaces.build(spaces.PHASES["from-encoder"], whole)
+    ours, theirs = model.vae.encoder.state_dict(), whole.vit.state_dict()
+    name = "mlp.fc1.weight"
+    copied = [tensor for key, tensor in ours.items() if key.endswith(name)]
+    assert len(copied) == 3
+    assert all(torch.equal(a, theirs[f"blocks.{n}.{name}"]) for n, a in enumerate(copied))
+
+
+def test_every_phase_comes_after_its_own(encoder):
+    for name in spaces.PHASES:
+        chain = plan.phases_of(name)
+        first = spaces.PHASES[chain[0]]
+        assert first.after is None
+        for phase in (spaces.PHASES[link] for link in chain):
+            assert (phase.channels, phase.depth, phase.reads, phase.weights) == (
+                first.channels, first.depth, first.reads, first.weights,
+            )  # fmt: skip
+        assert sum(spaces.PHASES[link].halves for link in chain) == 2 or name.endswith(("-stage1", "-half"))
+
+
+def test_trains_on_from_the_phase_before(encoder, tmp_path):
+    recipe = training.Recipe(4, 4, 1e-3, seed=0)
+    for name in ("rae-half", "rae", "rae-hd"):
+        spaces.train_phase(name, encoder, tmp_path, split(20), recipe, CPU)
+        assert not (tmp_path / name / "state.pt").exists()
+    loaded = {name: PSVAE.from_pretrained(tmp_path / name) for name in ("rae-half", "rae", "rae-hd")}
+    before, after = (loaded[name].state_dict() for name in ("rae-half", "rae"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("encoder."))
+    assert not torch.equal(before["decoder.conv_out.weight"], after["decoder.conv_out.weight"])
+    tuned = loaded["rae-hd"].encoder.state_dict()
+    assert any(not torch.equal(tuned[key], value) for key, value in loaded["rae"].encoder.state_dict().items())
+    assert (loaded["rae"].latent_spec.std != 1).any()
+
+
+def test_moved_finds_the_channel_that_moved(encoder):
+    frozen, tuned = (SemanticEncoder.from_pretrained(encoder) for _ in range(2))
+    frozen.vit.norm = tuned.vit.norm = nn.Identity()
+    with torch.no_grad():
+        tuned.vit.blocks[-1].mlp.fc2.bias[5] += 3.0
+    distances = spaces.moved(tuned, frozen, split(6).images(slice(None)), CPU)
+    assert distances.argmax() == 5
+    assert distances[5] == pytest.approx(9.0, rel=1e-3)
+    assert distances.sum() == pytest.approx(9.0, rel=1e-3)
+
+
+# Measures
+
+
+class Brightness(nn.Module):
+    """A judge that sees the mean colour."""
+
+    def features(self, images):
+        return images.mean(dim=(2, 3))
+
+    def forward(self, images):
+        return -(images.mean(dim=(1, 2, 3))[:, None] * 127.5 + 127.5 - torch.arange(10) * 22.0 - 10).abs()
+
+
+def test_measures_of_a_perfect_and_of_a_grey_reconstruction():
+    test = split(40)
+    same = measures.reconstruction(lambda images: images, test, Brightness(), CPU)
+    assert same["psnr"] > 80
+    assert same["ssim"] == same["class_accuracy"] == 1
+    assert same["frechet"] == pytest.approx(0, abs=1e-6)
+    grey = measures.reconstruction(torch.zeros_like, test, Brightness(), CPU)
+    assert grey["psnr"] < 16
+    assert grey["class_accuracy"] < 0.2
+    assert grey["frechet"] > 0.5
+
+
+def test_probes_find_a_planted_class():
+    latents, labels = torch.randn(200, 3, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(200) % 2
+    random = measures.probe(latents[:100], labels[:100], latents[100:], labels[100:])
+    latents[:, 1] += 4.0 * labels[:, None, None]
+    planted = measures.probe(latents[:100], labels[:100], latents[100:], labels[100:])
+    assert min(planted.values()) > 0.95
+    assert max(random.values()) < 0.7
+
+
+def test_cosines_of_an_untouched_encoder(encoder):
+    model = spaces.build(spaces.PHASES["s-vae"], SemanticEncoder.from_pretrained(encoder)).eval()
+    found = measures.cosines(model, SemanticEncoder.from_pretrained(encoder).eval(), split(4).images(slice(None)), CPU)
+    assert found["encoder_cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert found["feature_cosine"] < 0.9
+    assert 0 <= found["active_channels"] <= 1
+
+
+# Generation
+
+
+@pytest.mark.parametrize(("channels", "shift"), [(16, 1.0), (96, 2.449), (768, 6.928)])
+def test_the_shift_is_the_papers(channels, shift):
+    assert flow.dimension_shift(channels, 1, 64, base=generation.BASE_CHANNELS * 64) == pytest.approx(shift, abs=1e-3)
+
+
+def test_generates_in_a_space(encoder, tmp_path):
+    train, sizes = split(20), replace(plan.Plan().sizes, width=32, layers=1, head_width=32, samples=10, updates=2)
+    spaces.train_phase("rae-half", encoder, tmp_path, train, training.Recipe(2, 4, 1e-3, 0), CPU)
+    vae = spaces.load_space("rae-half", tmp_path, CPU)
+    moments = generation.encode(vae, train, 20, CPU)
+    assert moments.mean.shape == (20, WIDTH, 8, 8)
+    assert moments.mean.float().std() == pytest.approx(1.0, abs=0.2)
+    assert not moments.std.any()  # RAE's latents are points
+    curve = {}
+    recipe = training.Recipe(8, 4, 1e-3, seed=1, ema=0.9)
+    arguments = (vae, moments, split(20, seed=1), Brightness(), sizes, recipe, tmp_path / "g", CPU, curve.__setitem__)
+    model = generation.train_generator(*arguments)
+    assert sorted(curve) == [2, 4, 6, 8]
+    assert set(curve[8]) == {"frechet", "class_accuracy"}
+    shape = (10, WIDTH, 8, 8)
+    first, again, other = (generation.sample(model, vae, shape, 2, seed, CPU) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+# Orderings and the page
+
+
+def results(**values):
+    """Two seeds of PSNR; the second has another order where the names end in an underscore."""
+    return {f"space-{seed}-{name}": {"psnr": value} for name, pair in values.items() for seed, value in enumerate(pair)}
+
+
+def test_verdicts():
+    claim = orderings.Ordering("a < b", "space", "psnr", ("a", "b"))
+    assert orderings.verdict(results(a=(1, 1), b=(2, 3)), claim)[0] == "appears (2 of 2 seeds)"
+    assert orderings.verdict(results(a=(1, 4), b=(2, 3)), claim)[0] == "in part (1 of 2 seeds)"
+    assert orderings.verdict(results(a=(3, 4), b=(2, 3)), claim)[0] == "does not appear (0 of 2 seeds)"
+    assert orderings.verdict(results(a=(3, 4)), claim)[0] == "not measured"
+    assert orderings.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+
+
+def test_every_ordering_is_measured_by_some_stage(tmp_path):
+    names = {name for name, _ in run.stages(run.Run(plan.WHOLE, tmp_path, split(2), split(2), CPU))}
+    for claim in orderings.ORDERINGS:
+        prefix = "generator-{}-0" if claim.kind == "generator" else "space-0-{}"
+        assert {prefix.format(name) for name in claim.names} <= names
+
+
+def test_a_quick_plan_runs_the_same_stages(tmp_path):
+    listed = [
+        [name for name, _ in run.stages(run.Run(each, tmp_path, split(2), split(2), CPU))]
+        for each in (plan.WHOLE, plan.QUICK)
+    ]
+    assert listed[0] == listed[1]
+    assert len(set(listed[0])) == len(listed[0])
+
+
+def test_the_page_is_drawn_from_the_numbers(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    numbers = {
+        "space-0-rae": {"psnr": 12.345, "probe": 0.8}, f"space-0-{plan.PS_VAE}": {"psnr": 23.456, "probe": 0.7},
+        "generator-rae-0": {"curve": {"5": {"frechet": 7.25, "class_accuracy": 0.5}}},
+    }  # fmt: skip
+    for name, content in numbers.items():
+        (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3}))
+    (tmp_path / "plan.json").write_text(json.dumps({"width": 128, "depth": 6, "precision": "bf16"}))
+    page = report.write(folder, tmp_path, tmp_path / "docs").read_text()
+    for shown in ("12.35", "23.46", "7.25", "0.1 hours", "not measured"):
+        assert shown in page, shown
+    assert json.loads((tmp_path / "docs" / "reproduction.json").read_text())["stages"]["space-0-rae"]["psnr"] == 12.345
+    assert (tmp_path / "docs" / "images" / "reproduction_generation.png").stat().st_size > 5000
+
+
+# The command
+
+
+def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
+    tiny = replace(plan.WHOLE, width=32, depth=1, encoder_small_steps=1, encoder_steps=1, encoder_batch=4)
+    data = parquet(tmp_path, ("img", "label"), (32,) * 24)
+    monkeypatch.setattr(run, "WHOLE", tiny)
+    options = run.Options(data, output=tmp_path / "out", precision="fp32", only="encoder")
+    monkeypatch.setattr(report, "write", lambda *a: tmp_path)
+    run.main(options)
+    assert json.loads((tmp_path / "out" / "results" / "encoder.json").read_text())["parameters_m"] > 0
+    assert "encoder: probe" in capsys.readouterr().out
+    run.main(options)
+    assert "encoder: probe" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another plan \\(precision: 'fp32' before, 'bf16' now\\)"):
+        run.main(replace(options, precision="bf16"))
+    with pytest.raises(SystemExit, match="one of the two"):
+        run.main(replace(options, data=None))
+    with pytest.raises(SystemExit, match="wanted bf16 or fp32"):
+        run.main(replace(options, precision="fp16"))
