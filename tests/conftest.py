@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shapes", action="store_true", help="check every annotated shape (jaxtyping and beartype)")
     for mark, reason in OPT_IN.items():
         group.addoption(f"--run-{mark}", action="store_true", help=f"also run the tests marked {mark}: {reason}")
+    group.addoption("--site", help="the built site to follow the links of; without it tests/test_site.py builds one")
     for kind in STORED:
         group.addoption(f"--update-{kind}", action="store_true", help=f"write tests/{kind} anew instead of comparing")
 

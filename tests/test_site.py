@@ -67,8 +67,10 @@ class Links(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(request, tmp_path_factory):
     """The built site."""
+    if built := request.config.getoption("--site"):
+        return Path(built)
     output = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-E", "-n", "-W", "--keep-going", "-q", "-D", "nb_execution_mode=off"]
     command += ["-d", str(output / ".doctrees"), "-c", str(ROOT / "docs"), str(ROOT), str(output)]
