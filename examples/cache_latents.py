@@ -26,7 +26,7 @@ import tyro
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from checkpoints import changed, write_text, write_whole
-from data import IMAGE_ENDINGS, UNREADABLE, center_transform, open_table, read_image
+from data import UNREADABLE, center_transform, image_files, open_table, read_image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sampling import digest, load_vae, refuse_smaller
@@ -80,12 +80,15 @@ class Options:
 class Images(Dataset):
     """(place, image 3 H W in [-1, 1], label) by place; why it cannot be read instead of the image, where that is so.
 
+    Args:
+        split: what the option is called, for messages.
+
     Attributes:
         names: of the images, in order: a place is one's index here. `resume` makes it the list of the first run.
         left_out: places of images that were removed since, or of rows that cannot be read.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, split: str = "--split") -> None:
         self.transform = center_transform(options.size)
         self.table: Any = None
         self.left_out: set[int] = set()
@@ -94,11 +97,8 @@ class Images(Dataset):
             self.table = open_images(options)
             self.follow([str(place) for place in range(len(self.table))])
             return
-        files = (path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+        files = image_files(self.root, f"for a Hugging Face dataset name its {split}")
         self.follow(sorted(path.relative_to(self.root).as_posix() for path in files))
-        if not self.names:
-            endings = ", ".join(sorted(IMAGE_ENDINGS))
-            raise SystemExit(f"{self.root} holds no images ({endings}); for a Hugging Face dataset name its --split")
 
     def follow(self, names: list[str]) -> None:
         """Take places and classes from this list."""

@@ -159,13 +159,29 @@ def _transform(transform: v2.Compose, image: Image.Image, seed: int, position: i
         return transform(image)
 
 
+def image_files(folder: Path, otherwise: str) -> list[Path]:
+    """All at any depth of a folder, in no order.
+
+    Args:
+        otherwise: how to name what is no folder, for the message.
+
+    Raises:
+        SystemExit: there is no such folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        said = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise SystemExit(f"{said}; wanted a folder of images; {otherwise}")
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS]
+    if not files:
+        raise SystemExit(f"{folder} holds no images ({', '.join(sorted(IMAGE_ENDINGS))}); {otherwise}")
+    return files
+
+
 class _Folder(Dataset):
     """(name, content) of every image file under a folder, in name order."""
 
     def __init__(self, folder: str) -> None:
-        self.files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
-        if not self.files:
-            raise SystemExit(f"no image file under {folder!r}; endings looked for: {', '.join(sorted(IMAGE_ENDINGS))}")
+        self.files = sorted(image_files(Path(folder), "for data of another kind see --data.kind"))
 
     def __len__(self) -> int:
         return len(self.files)

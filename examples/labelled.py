@@ -97,9 +97,15 @@ class Pictures(Dataset):
     def __init__(self, options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> None:
         self.options, self.seed = options, seed
         where = {"split": options.split, "image_column": options.image_column, "label_column": options.label_column}
-        self.images = Images(ImageOptions("", options.path, Path(), size=options.size, **where))
+        self.images = Images(ImageOptions("", options.path, Path(), size=options.size, **where), "--data.split")
         with plain_errors():
             self.shape = latent_shape(vae, options.size)
+        found = (self.images[place][1] for place in range(len(self.images)))  # read up to the first that can be
+        if not any(isinstance(image, Tensor) for image in found):
+            raise SystemExit(
+                f"none of the {len(self.images)} images of {options.path} can be read: {self.images[0][1]}; wanted one "
+                "or more that can"
+            )
 
     def labels(self) -> list[int]:
         if self.images.table is None:
@@ -176,7 +182,7 @@ def count_classes(labels: Iterable[int], options: LabelledOptions) -> int:
             "dataset and its --data.label-column. --data.classes 1 trains without classes"
         )
     classes = max(found) + 1 if options.classes is None else options.classes
-    check_classes(found, classes)
+    check_classes(found, classes, "--data.classes")
     return classes
 
 

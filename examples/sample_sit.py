@@ -26,8 +26,8 @@ import tyro
 from accelerate import Accelerator
 from checkpoints import write_whole
 from diffusers import DiTTransformer2DModel
-from sampling import claim, decode, generator_of, load_measured_vae, plain_errors, refuse_smaller
-from sit import STATISTICS, check_classes, guided_velocity, load_sit
+from sampling import claim, decode, generator_of, load_vae, measured, plain_errors, refuse_smaller
+from sit import STATISTICS, check_classes, check_latents, guided_velocity, load_sit
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,7 +44,8 @@ class Options:
     model: str
     """Folder of the SiT."""
     vae: str
-    """Folder or Hub id of the PSVAE or PixelVAE that it was trained on."""
+    """Folder or Hub id of the PSVAE or PixelVAE that it was trained on, or of one with the same encoder and another
+    decoder."""
     output: Path = Path("outputs/sit-samples")
     """Writes `output.npz`, and beside it `output.json` with these options; batches go into the folder `output`."""
     count: int = 50_000
@@ -81,17 +82,19 @@ class Sampler:
 
     def __init__(self, options: Options, device: torch.device) -> None:
         self.options, self.dtype = options, getattr(torch, options.dtype)
-        self.model = load_sit(options.model).to(device, self.dtype)
-        kept = Path(options.model) / STATISTICS  # those that it was trained with
-        statistics = kept if kept.is_file() else None
-        self.vae = load_measured_vae(options.vae, statistics, device, options.allow_pickle)
-        channels, known = self.vae.config.latent_channels, self.model.config
+        self.model = load_sit(options.model, self.dtype).to(device)
+        vae, known = load_vae(options.vae, device, options.allow_pickle), self.model.config
+        channels = vae.config.latent_channels
         if channels != known.in_channels:
             raise SystemExit(
                 f"the latents of {options.vae} have {channels} channels and the SiT {options.model} makes "
                 f"{known.in_channels}; wanted the --vae that it was trained on"
             )
-        check_classes(options.classes or (), known.num_embeds_ada_norm)
+        kept = Path(options.model) / STATISTICS  # those that it was trained with
+        self.vae = measured(vae, options.vae, kept if kept.is_file() else None, options.allow_pickle)
+        told = "wanted the --vae that it was trained on, see command.txt there"
+        check_latents(self.vae, options.vae, Path(options.model), told)
+        check_classes(options.classes or (), known.num_embeds_ada_norm, "--classes")
         with plain_errors():
             self.guidance = flow.Guidance(options.guidance, interval=options.guidance_interval)
             self.sigmas = schedule(options.solver, options.steps, options.last_step, options.shift)

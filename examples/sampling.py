@@ -178,9 +178,16 @@ def vae_folder(name: str) -> str:
 def load_measured_vae(
     name: str, statistics: Path | None, device: torch.device, allow_pickle: bool = False, required: bool = True
 ) -> PSVAE | PixelVAE:
-    """A frozen VAE whose latents `scale_latents` brings to about N(0, 1): by its constants (SD, FLUX) or by statistics,
-    those of a file, of mean_std.json beside its weights, in a folder or on the Hub (ReaLS), or of its own. Statistics
-    replace the constants; that they do, or that nobody knows whether there are any, is printed.
+    """`load_vae`, then `measured`."""
+    return measured(load_vae(name, device, allow_pickle), name, statistics, allow_pickle, required)
+
+
+def measured(
+    vae: PSVAE | PixelVAE, name: str, statistics: Path | None, allow_pickle: bool = False, required: bool = True
+) -> PSVAE | PixelVAE:
+    """The same VAE, whose latents `scale_latents` brings to about N(0, 1): by its constants (SD, FLUX) or by
+    statistics, those of a file, of mean_std.json beside its weights, in a folder or on the Hub (ReaLS), or of its own.
+    Statistics replace the constants; that they do, or that nobody knows whether there are any, is printed.
 
     Args:
         required: refuse a VAE that has neither; else its latents stay as they are.
@@ -188,7 +195,6 @@ def load_measured_vae(
     Raises:
         SystemExit: it has neither.
     """
-    vae = load_vae(name, device, allow_pickle)
     spec = vae.latent_spec
     with plain_errors():
         beside = Source(name, "", revision=None, local_files_only=False, token=None, cache_dir=None)
@@ -200,17 +206,18 @@ def load_measured_vae(
             f"{MEAN_STD} of {name} is not in the local cache and the Hub cannot be reached: its latents go on as if "
             "there were none; go online once, or pass a local folder"
         )
-    measured = bool(((spec.mean != 0) | (spec.std != 1)).any())
+    known = bool(((spec.mean != 0) | (spec.std != 1)).any())
     constant = isinstance(vae, PixelVAE) and (vae.config.scaling_factor, vae.config.shift_factor or 0.0) != (1.0, 0.0)
-    if required and not measured and not constant:
+    if required and not known and not constant:
         raise SystemExit(
             f"the latents of {name} have no statistics, so a generator cannot see them as N(0, 1): pass --statistics "
             "(mean_std.json of ReaLS, or latents_stats.pt of cache_latents.py with --allow-pickle), or measure and "
             "save them with psvae.fit_latent_statistics(vae, batches)"
         )
-    if measured and constant:  # statistics are of raw latents: both would scale twice
+    if known and constant:  # statistics are of raw latents: both would scale twice
         PartialState().print(
-            f"{name} has statistics and the scale {vae.config.scaling_factor}: its latents go by the statistics"
+            f"{name} has the scale {vae.config.scaling_factor}: its latents go by the statistics "
+            f"{'that it has too' if file is None else f'of {file}'} instead"
         )
         vae.config = vae.config.replace(scaling_factor=1.0, shift_factor=None)
     return vae

@@ -7,22 +7,25 @@ diffusers opens the folder and would compute no other.
 """
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import write_whole
+from checkpoints import write_text, write_whole
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors.torch import save_file
+from sampling import digest
 from torch import Tensor, nn
 
-from psvae import LatentSpec, flow
+from psvae import PSVAE, LatentSpec, PixelVAE, flow
 
 PRESETS = {"tiny/2": (4, 192, 3), "B/2": (12, 768, 12), "L/2": (24, 1024, 16), "XL/2": (28, 1152, 16)}
 STATISTICS = "latents_stats.safetensors"  # beside a saved SiT: those of the latents that it was trained on
+LATENTS = "latents.json"  # beside a saved SiT: digests of what made those latents
 
 
 def build_sit(preset: str, channels: int, side: int, classes: int, patch_size: int = 2) -> DiTTransformer2DModel:
@@ -107,7 +110,7 @@ def guided_velocity(model: DiTTransformer2DModel, classes: Tensor, guidance: flo
         SystemExit: the model knows no such class.
     """
     none = model.config.num_embeds_ada_norm
-    check_classes(classes.tolist(), none)
+    check_classes(classes.tolist(), none, "the model's num_embeds_ada_norm")
 
     def predict(latents: Tensor, sigmas: Tensor, labels: Labels) -> Transformer2DModelOutput:
         return Transformer2DModelOutput(sample=velocity(model, latents, sigmas, labels.ids))
@@ -116,12 +119,14 @@ def guided_velocity(model: DiTTransformer2DModel, classes: Tensor, guidance: flo
     return flow.guided(predict, labels, guidance)
 
 
-def check_classes(found: Any, classes: int) -> None:
-    """Whether all are of 0 to classes − 1."""
+def check_classes(found: Any, classes: int, option: str) -> None:
+    """Whether all are of 0 to classes − 1; where not, ``option`` is what to look at."""
     wrong = sorted({label for label in found if not 0 <= label < classes})
     if wrong:
         shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
-        raise SystemExit(f"labels {shown} are out of range; there are {classes} classes, 0 to {classes - 1}")
+        raise SystemExit(
+            f"labels {shown} are out of range; there are {classes} classes, 0 to {classes - 1}: see {option}"
+        )
 
 
 # Folders
@@ -138,9 +143,45 @@ def save_sit(model: DiTTransformer2DModel, spec: LatentSpec, folder: Path) -> No
     write_whole(folder / STATISTICS, lambda place: save_file(tensors, place))
 
 
-def load_sit(folder: str) -> DiTTransformer2DModel:
+def load_sit(folder: str, dtype: torch.dtype = torch.float32) -> DiTTransformer2DModel:
     """What `save_sit` wrote, or any class-conditional DiT of diffusers' that was trained as a SiT."""
     try:
-        return DiTTransformer2DModel.from_pretrained(folder).eval().requires_grad_(False)
+        return DiTTransformer2DModel.from_pretrained(folder, torch_dtype=dtype).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} holds no SiT as train_sit.py writes it: {error}") from error
+
+
+# Which latents
+
+
+def latents_of(vae: PSVAE | PixelVAE) -> dict[str, str]:
+    """Digests of what makes a VAE's latents as a generator sees them. Its decoder does not: SD has several."""
+    after = ("decoder.", "post_quant_conv.", "latent_spec.")
+    weights = {name: tensor for name, tensor in vae.state_dict().items() if not name.startswith(after)}
+    scale = {}
+    if isinstance(vae, PixelVAE):  # a PSVAE has none
+        scale = {"scaling_factor": vae.config.scaling_factor, "shift_factor": vae.config.shift_factor or 0.0}
+    statistics = {"mean": vae.latent_spec.mean, "std": vae.latent_spec.std}
+    return {"encoder": digest({}, weights), "statistics or scale": digest(scale, statistics)}
+
+
+def note_latents(vae: PSVAE | PixelVAE, folder: Path) -> None:
+    """For `check_latents`."""
+    write_text(folder / LATENTS, json.dumps(latents_of(vae), indent=2) + "\n")
+
+
+def check_latents(vae: PSVAE | PixelVAE, name: str, folder: Path, remedy: str) -> None:
+    """Whether the VAE, loaded from ``name``, makes the latents that were noted in the folder; any may where none were,
+    as in older folders.
+
+    Raises:
+        SystemExit: it makes others.
+    """
+    file = folder / LATENTS
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    others = [what for what, found in latents_of(vae).items() if before.get(what, found) != found]
+    if others:
+        raise SystemExit(
+            f"the latents of {name} are not those that {folder} was trained on (another {', another '.join(others)}): "
+            f"{remedy}"
+        )

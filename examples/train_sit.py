@@ -42,7 +42,7 @@ from diffusers import DiTTransformer2DModel
 from labelled import Batch, Cached, LabelledOptions, collate, count_classes, open_data
 from sample_sit import generate_latents, schedule
 from sampling import decode, generator_of, load_measured_vae, plain_errors, refuse_smaller, scale_latents
-from sit import build_sit, save_sit, velocity
+from sit import build_sit, check_latents, note_latents, save_sit, velocity
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import save_image
@@ -132,6 +132,9 @@ class Training:
             raise SystemExit(f"--batch-size {options.batch_size} is not shared by {parts} processes times --accumulate")
         with accelerator.main_process_first():  # one process downloads, the others find the files
             self.vae = load_measured_vae(options.vae, options.statistics, accelerator.device, options.allow_pickle)
+            if any(self.checkpoints.glob("step*")):
+                told = "wanted the --vae and --statistics in options.json there, or another --output"
+                check_latents(self.vae, options.vae, options.output, told)
             self.data = open_data(options.data, options.seed, self.vae)
         self.vae.eval()
         self.classes = count_classes(self.data.labels(), options.data)
@@ -153,8 +156,10 @@ class Training:
 
     def run(self) -> dict[str, float]:
         options, accelerator = self.options, self.accelerator
-        self.step = first_step(accelerator, self.checkpoints, options.steps)
+        self.step = self._first_step()
         write_options(accelerator, options.output, options)
+        if accelerator.is_main_process:
+            note_latents(self.vae, options.output)
         if self.step:
             accelerator.print(f"continues from step {self.step}")
             self.unreadable = read_names(options.output / "unreadable.txt")
@@ -175,6 +180,18 @@ class Training:
         bar.close()
         self._finish()
         return numbers
+
+    def _first_step(self) -> int:
+        try:
+            return first_step(self.accelerator, self.checkpoints, self.options.steps)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            first = str(error).splitlines()[1].strip()
+            raise SystemExit(
+                f"{self.checkpoints} holds checkpoints of another network ({first}): wanted the --model, --patch-size, "
+                "--vae and --data in options.json beside them, or another --output"
+            ) from error
 
     def _stream(self) -> Iterator[Batch]:
         options, accelerator = self.options, self.accelerator
@@ -283,9 +300,12 @@ class Training:
         names = write_names(self.accelerator, self.unreadable, output / "unreadable.txt")
         if self.accelerator.is_main_process:
             save_sit(model, self.vae.latent_spec, output / "model")
+            note_latents(self.vae, output / "model")
             write_text(output / "model" / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
             if names:
                 print(f"{len(names)} images could not be read and were skipped: {output / 'unreadable.txt'}")
+            weights = "weights" if self.ema is None else "averaged weights"
+            print(f"{self.step} steps done; the {weights} are saved, for sample_sit.py's --model: {output / 'model'}")
         self.accelerator.wait_for_everyone()
 
 

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers.models import modeling_utils
 
 from psvae import flow
 from tests.base import assert_close, assert_equal
@@ -112,15 +113,42 @@ def test_classes_are_drawn_or_taken_in_turn(world, tmp_path):
     assert classes(classes=(2, 0)) == [2, 0, 2, 0, 2, 0, 2, 0, 2]
     assert set(classes()) == {0, 1, 2}
     assert classes() != classes(seed=1)
-    with pytest.raises(SystemExit, match="labels 3 are out of range; there are 3 classes, 0 to 2"):
+    with pytest.raises(SystemExit, match="labels 3 are out of range; there are 3 classes, 0 to 2: see --classes"):
         classes(classes=(3,))
 
 
 def test_a_vae_of_other_latents_is_refused(world, tmp_path):
     make_measured_vae(tmp_path / "rae", "rae")
-    shutil.copytree(world / "sit", tmp_path / "model", ignore=shutil.ignore_patterns(sit.STATISTICS))  # not theirs
-    with pytest.raises(SystemExit, match=r"rae have 48 channels and the SiT .*model makes 8; wanted the --vae"):
-        sample(world, tmp_path / "out", model=str(tmp_path / "model"), vae=str(tmp_path / "rae"))
+    with pytest.raises(SystemExit, match=r"rae have 48 channels and the SiT .*sit makes 8; wanted the --vae"):
+        sample(world, tmp_path / "out", vae=str(tmp_path / "rae"))
+
+
+@pytest.mark.parametrize(("part", "refused"), [("encoder", True), ("decoder", False)])
+def test_a_vae_of_the_same_shape_is_refused_where_its_latents_are_others(world, tmp_path, part, refused):
+    """Statistics are the SiT's own, so they cannot differ."""
+    shutil.copytree(world / "sit", tmp_path / "sit")
+    vae = sampling.load_measured_vae(str(world / "vae"), None, torch.device("cpu"))
+    sit.note_latents(vae, tmp_path / "sit")
+    next(getattr(vae, part).parameters()).data += 0.1
+    vae.save_pretrained(tmp_path / "vae")
+    asked = {"model": str(tmp_path / "sit"), "count": 1, "steps": 2}
+    sample(world, tmp_path / "same", **asked)
+    if not refused:
+        sample(world, tmp_path / "out", **asked, vae=str(tmp_path / "vae"))
+        return
+    said = r"the latents of \S+/vae are not those that \S+/sit was trained on \(another encoder\): wanted the --vae"
+    with pytest.raises(SystemExit, match=said):
+        sample(world, tmp_path / "out", **asked, vae=str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_is_silent(world, tmp_path, monkeypatch, dtype):
+    """diffusers warns of a cast after loading, of modules that it does not name."""
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda message, *_: said.append(message))
+    sampler = sample_sit.Sampler(sampling_options(world, tmp_path, dtype=dtype), torch.device("cpu"))
+    assert {p.dtype for p in sampler.model.parameters()} == {getattr(torch, dtype)}
+    assert said == []
 
 
 @torch.no_grad()

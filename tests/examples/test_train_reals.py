@@ -820,7 +820,7 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
         ({"path": "labelled/class0"}, r"has 0 subfolders with pictures and 3 .*: wanted one subfolder per class"),
         ({"path": "one"}, r"has 1 subfolders with pictures and 0 pictures beside them"),
         ({"path": "beside"}, r"has 2 subfolders with pictures and 1 pictures beside them"),
-        ({"path": "nowhere"}, r"nowhere holds no images .*; or --sit-steps 0"),
+        ({"path": "nowhere"}, r"there is no folder \S+/nowhere; .*; or --sit-steps 0"),
         (
             {"path": "labelled", "kind": "webdataset"},
             r"--data.kind is webdataset: pass such a folder, or --sit-steps 0",
@@ -861,6 +861,20 @@ def test_the_plot_says_what_it_shows(tmp_path):
 
 
 # Validation images
+
+
+def test_a_folder_without_images_is_said(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "0.png").write_bytes(png(0))
+    cases = {
+        "nowhere": r"there is no folder \S+/nowhere; wanted a folder of images; for data of another kind see --data.k",
+        "0.png": r"\S+/0.png is a file; wanted a folder of images; for data",
+        "empty": r"\S+/empty holds no images \(.bmp, .*\); for data",
+    }
+    for name, said in cases.items():
+        with pytest.raises(SystemExit, match=said):
+            train(world, tmp_path / "out", path=str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_images_are_of_all_classes(tmp_path):

@@ -138,6 +138,13 @@ def unbroken(world):
     return world / "unbroken"
 
 
+@pytest.mark.parametrize(("ema", "weights"), [(0.5, "averaged weights"), (0.0, "weights")])
+def test_a_run_says_where_its_model_is(world, tmp_path, capsys, ema, weights):
+    train(world, tmp_path, steps=1, ema=ema)
+    said = f"1 steps done; the {weights} are saved, for sample_sit.py's --model: {tmp_path / 'model'}\n"
+    assert capsys.readouterr().out.endswith(said)
+
+
 def test_a_run_leaves_a_model_and_pictures(unbroken):
     model = sit.load_sit(str(unbroken / "model"))
     assert model.config.num_embeds_ada_norm == CLASSES
@@ -297,17 +304,89 @@ def test_starting_over_checkpoints_is_refused(world, unbroken):
         train(world, unbroken)
 
 
+def other_vae(folder, kind):
+    """With a part of its own, of the same shape."""
+    vae = fill_weights(tiny_psvae())
+    if kind == "statistics":
+        vae.latent_spec.mean += 0.5
+    else:
+        next(getattr(vae, kind).parameters()).data += 0.1
+    vae.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def begun(world, tmp_path):
+    """A run with a checkpoint, of a VAE whose statistics are told."""
+    vae = fill_weights(tiny_psvae())
+    vae.save_pretrained(tmp_path / "vae")
+    told = tmp_path / "mean_std.json"
+    told.write_text('{"mean": 0.1, "std": 2.0}')
+    asked = {"vae": str(tmp_path / "vae"), "statistics": told}
+    train(world, tmp_path / "out", steps=2, **asked)
+    return tmp_path / "out", asked
+
+
+def refusal(world, output, **changes):
+    before = (output / "options.json").read_bytes()
+    with pytest.raises(SystemExit) as refused:
+        train(world, output, steps=4, resume=True, **changes)
+    assert (output / "options.json").read_bytes() == before
+    return str(refused.value)
+
+
+def test_a_run_goes_on_in_the_same_latents_alone(world, begun, tmp_path):
+    """Another decoder changes none of them."""
+    output, asked = begun
+    vae = other_vae(tmp_path / "a", "encoder")
+    assert re.fullmatch(
+        rf"the latents of {vae} are not those that {output} was trained on \(another encoder\): wanted the --vae and "
+        r"--statistics in options.json there, or another --output",
+        refusal(world, output, **{**asked, "vae": vae}),
+    )
+    make_measured_vae(tmp_path / "rae", "rae")  # of other channels
+    assert "another encoder" in refusal(world, output, vae=str(tmp_path / "rae"))
+    told = tmp_path / "told.json"
+    told.write_text('{"mean": 0.1, "std": 1.9}')
+    assert "(another statistics or scale)" in refusal(world, output, **{**asked, "statistics": told})
+    vae = other_vae(tmp_path / "b", "decoder")
+    assert train(world, output, steps=4, resume=True, **{**asked, "vae": vae}) > 0
+
+
+def test_a_checkpoint_of_another_network_is_named(world, begun):
+    """Also of a run from before latents were noted."""
+    output, asked = begun
+    (output / sit.LATENTS).unlink()
+    said = (
+        r"checkpoints holds checkpoints of another network \(size mismatch for .*\): wanted the --model, --patch-size"
+    )
+    assert re.search(said, refusal(world, output, patch_size=1, **asked))
+
+
+def test_images_that_are_all_damaged_are_said(world, tmp_path):
+    for number in range(2):
+        (tmp_path / "data" / f"class{number}").mkdir(parents=True)
+        (tmp_path / "data" / f"class{number}" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match=r"none of the 2 images of \S+/data can be read: \S+/0.png cannot be read \("):
+        train(world, tmp_path / "out", data=tmp_path / "data")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    (tmp_path / "data" / "class1" / "1.png").write_bytes(png(0))
+    assert train(world, tmp_path / "out", data=tmp_path / "data", steps=1) > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"classes": 2}, r"labels 2 are out of range; there are 2 classes, 0 to 1"),
+        ({"classes": 2}, r"labels 2 are out of range; there are 2 classes, 0 to 1: see --data.classes"),
         ({"data": "images/class0"}, r"class0 has no labels, or one class alone: .*--data.classes 1 trains without"),
         ({"data": "moments", "vae": "rae"}, r"holds latents of 8 channels, and the VAE makes 48: pass the --vae"),
         ({"vae": "unmeasured"}, r"have no statistics, .*: pass --statistics \(mean_std.json of ReaLS"),
         ({"size": 30}, r"an image side is 30; wanted a multiple of the stride 8"),
         ({"size": 24}, r"latents are 3 x 3, which patches of 2 do not fill: take --patch-size 1"),
         ({"batch_size": 3, "accumulate": 2}, r"--batch-size 3 is not shared by 2 processes times --accumulate"),
-        ({"data": "nowhere"}, r"nowhere holds no images"),
+        ({"data": "nowhere"}, r"there is no folder \S+/nowhere; .* for a Hugging Face dataset name its --data.split"),
+        ({"data": "images/class0/0.png"}, r"class0/0.png is a file; wanted a folder of images"),
+        ({"data": "vae"}, r"vae holds no images \(.bmp, .*\); for a Hugging Face dataset name its --data.split"),
         *(
             ({name: 0}, rf"--{name.replace('_', '-')} is 0; wanted at least 1")
             for name in train_sit.LEAST[1]
@@ -409,7 +488,8 @@ def test_one_scalar_of_reals_brings_latents_to_unit_scale(world, tmp_path, capsy
     raw = vae.encode(images(8)).latent_dist.mode()
     vae.save_pretrained(tmp_path)
     loaded = sampling.load_measured_vae(str(tmp_path), None, torch.device("cpu"))
-    assert "its latents go by the statistics" in capsys.readouterr().out
+    said = f"{tmp_path} has the scale 0.18215: its latents go by the statistics of {tmp_path}/mean_std.json instead\n"
+    assert capsys.readouterr().out == said
     told = json.loads((tmp_path / "mean_std.json").read_text())
     seen = sampling.scale_latents(loaded, raw)
     assert_close([seen], [(raw - told["mean"]) / told["std"]])
