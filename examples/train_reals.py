@@ -118,7 +118,7 @@ class Options:
     clip: float = 1.0
     """Largest gradient norm, of the VAE and of the alignment network each; open. 0 for none."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved; open. 0 for none."""
+    """Decay of the averaged weights, which are the ones saved, warmed up as LDM's; open. 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Of what is trained; open, ours (VA-VAE: fp32). fp16 without the adversary only. The teacher is always in bf16."""
     seed: int = 0
