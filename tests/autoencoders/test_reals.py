@@ -87,6 +87,13 @@ def test_any_precision(pair, tmp_path, saved, loaded):
             assert getattr(module.latent_spec, name).eq(torch.tensor(number).to(loaded)).all()
 
 
+def test_a_vae_of_diffusers_is_opened_first(pair, folder, tmp_path):
+    theirs = AutoencoderKL.from_pretrained(folder / "vae")
+    with pytest.raises(ConfigError, match=r"vae came as AutoencoderKL; .*with PixelVAE.from_pretrained\(folder\), then"):
+        save_reals(tmp_path / "out", theirs, pair[1])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plain_vae_is_not_paired_with_an_older_network(pair, folder, tmp_path):
     plain = other_pair()[0]
     with pytest.raises(CheckpointError, match=r"holds alignment/, of another VAE.*delete alignment/"):
