@@ -227,8 +227,7 @@ class Ema:
         return {"parameters": self.parameters, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For `Accelerator.register_for_checkpointing`. A state without a count is of before the warm-up, and past it.
-        """
-        self.updates = state.get("updates", WARMED_UP)
+        """For `Accelerator.register_for_checkpointing`."""
+        self.updates = state.get("updates", WARMED_UP)  # none in a state of before there was a warm-up
         for mine, saved in zip(self.parameters, state["parameters"], strict=True):
             mine.copy_(saved)

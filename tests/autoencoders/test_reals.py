@@ -89,7 +89,9 @@ def test_any_precision(pair, tmp_path, saved, loaded):
 
 def test_a_vae_of_diffusers_is_opened_first(pair, folder, tmp_path):
     theirs = AutoencoderKL.from_pretrained(folder / "vae")
-    with pytest.raises(ConfigError, match=r"vae came as AutoencoderKL; .*with PixelVAE.from_pretrained\(folder\), then"):
+    with pytest.raises(
+        ConfigError, match=r"vae came as AutoencoderKL; .*with PixelVAE.from_pretrained\(folder\), then"
+    ):
         save_reals(tmp_path / "out", theirs, pair[1])
     assert not (tmp_path / "out").exists()
 
