@@ -133,12 +133,10 @@ def write_options(accelerator: Accelerator, output: Path, options: Any) -> None:
     if accelerator.is_main_process:
         text = json.dumps(asdict(options), indent=2, default=str) + "\n"
         file = output / "options.json"
-        if (
-            options.resume
-            and file.exists()
-            and (said := changed(json.loads(file.read_text("utf-8")), json.loads(text)))
-        ):
-            print(f"goes on with other options: {said}")
+        if options.resume and file.exists():
+            before = json.loads(file.read_text("utf-8")) | {"resume": True}
+            if said := changed(before, json.loads(text)):
+                print(f"goes on with other options: {said}")
         write_text(file, text)
 
 

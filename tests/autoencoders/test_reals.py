@@ -209,6 +209,11 @@ def test_the_authors_folder_is_read(folder):
         load_reals(folder / "vae")
 
 
+def test_the_folder_above_the_vae_names_it(folder):
+    with pytest.raises(CheckpointError, match=r"a VAE in vae/, .*; pass subfolder='vae', or its path .*reals/vae$"):
+        PixelVAE.from_pretrained(folder)
+
+
 def test_statistics_are_needed(pair, folder, tmp_path):
     (folder / "vae" / "mean_std.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no mean_std.json.*fit_latent_statistics"):
