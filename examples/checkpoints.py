@@ -15,6 +15,8 @@ from accelerate.utils import DistributedType, ProjectConfiguration, gather_objec
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+WARMED_UP = 10**12  # updates, of any decay
+
 
 def accelerator_for(options: Any, precision: str, **more: Any) -> Accelerator:
     """By either training's options; ``more`` is Accelerator's.
@@ -131,12 +133,10 @@ def write_options(accelerator: Accelerator, output: Path, options: Any) -> None:
     if accelerator.is_main_process:
         text = json.dumps(asdict(options), indent=2, default=str) + "\n"
         file = output / "options.json"
-        if (
-            options.resume
-            and file.exists()
-            and (said := changed(json.loads(file.read_text("utf-8")), json.loads(text)))
-        ):
-            print(f"goes on with other options: {said}")
+        if options.resume and file.exists():
+            before = json.loads(file.read_text("utf-8")) | {"resume": True}
+            if said := changed(before, json.loads(text)):
+                print(f"goes on with other options: {said}")
         write_text(file, text)
 
 
@@ -197,17 +197,23 @@ def averaged(accelerator: Accelerator, model: nn.Module, ema: "Ema | None", plai
 
 
 class Ema:
-    """Exponential moving average of a model's trained parameters, checkpointed by accelerate."""
+    """Exponential moving average of a model's trained parameters, checkpointed by accelerate.
+
+    Warmed up as LDM's: the t-th update keeps min(decay, (1 + t) / (10 + t)) of the average, so that a run shorter than
+    1 / (1 − decay) steps does not end at its initial weights.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay, self.updates = decay, 0
         self.parameters = [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """average ← decay · average + (1 − decay) · parameter."""
+        """average ← decay_t · average + (1 − decay_t) · parameter."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [p.detach() for p in model.parameters() if p.requires_grad]
-        torch._foreach_lerp_(self.parameters, current, 1.0 - self.decay)
+        torch._foreach_lerp_(self.parameters, current, 1.0 - decay)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """The averages under the names that the parameters have in ``model``."""
@@ -216,9 +222,10 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """For `Accelerator.register_for_checkpointing`."""
-        return {"parameters": self.parameters}
+        return {"parameters": self.parameters, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """For `Accelerator.register_for_checkpointing`."""
+        self.updates = state.get("updates", WARMED_UP)  # none in a state of before there was a warm-up
         for mine, saved in zip(self.parameters, state["parameters"], strict=True):
             mine.copy_(saved)

@@ -14,7 +14,9 @@ intersection over union on held-out pictures, of the teacher's features and of t
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from sampling import plain_errors, refuse_smaller
 from torch import Tensor, nn
 
 from psvae import AlignmentNet, PixelVAE, SemanticEncoder, SemanticEncoderConfig, load_reals
+from psvae.errors import RangeWarning
 from psvae.shapes import check_map
 
 matplotlib.use("Agg")
@@ -145,6 +148,15 @@ class Reader:
         return f"{what}: the teacher's final norm is applied to them"
 
 
+@contextmanager
+def means() -> Iterator[None]:
+    """While a reader sees means of pictures, raw: where the posterior is wide, they lie nearer together than the
+    samples that the statistics are of, and it is not told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "latents lie", RangeWarning)
+        yield
+
+
 def load_teacher(name: str, vae: PixelVAE, alignment: AlignmentNet) -> SemanticEncoder:
     """As in training: its own final norm, one token for each alignment feature."""
     merge = alignment.config.merge
@@ -244,7 +256,8 @@ def apply(
         size = (latents.shape[-2] * stride, latents.shape[-1] * stride)
         maps: dict[str, np.ndarray] = {}
         for head in heads:
-            patches, cls = reader(latents, head.tokens, normalized)
+            with nullcontext() if pictures is None else means():
+                patches, cls = reader(latents, head.tokens, normalized)
             if isinstance(head, DepthHead):
                 maps["depth"] = head(patches, cls, size).cpu().numpy()
             else:
@@ -362,7 +375,8 @@ def main(options: Options) -> dict[str, float]:
             labelled = Labelled(options.fit_head, options.size, options.classes, options.ignore)
 
             def latent_features(images: Tensor) -> Tensor:
-                return reader(vae.encode(images.to(device)).latent_dist.mode(), SegmentationHead.tokens)[0]
+                with means():
+                    return reader(vae.encode(images.to(device)).latent_dist.mode(), SegmentationHead.tokens)[0]
 
             head, held_out, scores = fit(
                 labelled, teacher, latent_features, one_in=options.held_out, steps=options.steps, lr=options.lr,
@@ -379,6 +393,8 @@ def main(options: Options) -> dict[str, float]:
             if remark:
                 print(remark)
         count = apply(look_at(), vae, reader, heads, options)
+    if not count:
+        raise SystemExit(f"none of the pictures of {options.input or options.fit_head} can be read; wanted one or more")
     print(f"{count} pictures: {options.output}")
     return scores
 

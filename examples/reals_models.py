@@ -31,7 +31,8 @@ def build_teacher(name: str, vae: PixelVAE, size: int, merge: int, *, pre_norm_c
         pre_norm_cls: its CLS token before the final norm is aligned with.
 
     Raises:
-        SystemExit: no such grid fits the images, or it has no CLS token where one is to be aligned with.
+        SystemExit: no such grid fits the images, there is no such folder, or it has no CLS token where one is to be
+            aligned with.
     """
     stride = vae.latent_spec.stride * merge
     if size % stride:
@@ -39,6 +40,7 @@ def build_teacher(name: str, vae: PixelVAE, size: int, merge: int, *, pre_norm_c
             f"images of {size} px give {size / stride:g} teacher tokens on a side; wanted a --data.size that is a "
             f"multiple of the VAE's stride {vae.latent_spec.stride} times --merge {merge}"
         )
+    refuse_absent(name)
     config = config_of(name)
     if config is None:
         teacher = SemanticEncoder.from_timm(name, stride=stride, final_norm="affine")
@@ -52,6 +54,19 @@ def build_teacher(name: str, vae: PixelVAE, size: int, merge: int, *, pre_norm_c
             "pass --losses.cls 0, or --teacher-features normed, which takes the mean of its patch tokens"
         )
     return teacher.eval().requires_grad_(False)
+
+
+def refuse_absent(teacher: str) -> None:
+    """Before timm looks for a folder among its models, none of which has a slash in its name.
+
+    Raises:
+        SystemExit: it is a path at which no folder is.
+    """
+    if len(Path(teacher).parts) > 1 and not Path(teacher).is_dir():
+        raise SystemExit(
+            f"there is no folder {teacher} for a teacher; wanted a folder of psvae, timm or transformers, or a timm "
+            "name"
+        )
 
 
 def config_of(teacher: str) -> dict[str, Any] | None:
@@ -72,6 +87,7 @@ def config_of(teacher: str) -> dict[str, Any] | None:
 
 def width_of(teacher: str) -> int:
     """D, without downloading anything."""
+    refuse_absent(teacher)
     with plain_errors():
         if config_of(teacher) is not None:
             return SemanticEncoder.from_pretrained(teacher).feature_dim

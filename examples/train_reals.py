@@ -118,7 +118,7 @@ class Options:
     clip: float = 1.0
     """Largest gradient norm, of the VAE and of the alignment network each; open. 0 for none."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved; open. 0 for none."""
+    """Decay of the averaged weights, which are the ones saved, warmed up as LDM's; open. 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Of what is trained; open, ours (VA-VAE: fp32). fp16 without the adversary only. The teacher is always in bf16."""
     seed: int = 0
@@ -382,6 +382,9 @@ class Training:
             write_text(options.output / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
             write_text(self.done, json.dumps(numbers, indent=2))
         accelerator.print(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        parts = "vae/" if model.alignment is None else "vae/ and alignment/"
+        of = f"averaged weights (--ema {options.ema:g})" if self.ema is not None else "the last step's weights"
+        accelerator.print(f"saved below {options.output}: {parts}, {of}")
         names = write_names(accelerator, self.unreadable, options.output / "unreadable.txt")
         if names and accelerator.is_main_process:
             print(f"{len(names)} images could not be read and were skipped: {', '.join(names[:20])}")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from psvae.errors import ConfigError, RangeWarning, ShapeError
-from psvae.shapes import Latents
+from psvae.shapes import Latents, check_map
 
 __all__ = ["DiagonalGaussian", "LatentSpec", "fit_latent_statistics"]
 
@@ -132,12 +132,12 @@ class LatentSpec(nn.Module):
 
     def normalize(self, latents: Latents) -> Latents:
         """(z − mean) / std."""
-        self._check_grid(latents)
+        self._check(latents)
         return (latents - self.mean.to(latents)) / self.std.to(latents)  # the device too: offloading leaves them behind
 
     def denormalize(self, latents: Latents) -> Latents:
         """z · std + mean, the inverse of `normalize`."""
-        self._check_grid(latents)
+        self._check(latents)
         return latents * self.std.to(latents) + self.mean.to(latents)
 
     def normalize_posterior(self, posterior: DiagonalGaussian) -> DiagonalGaussian:
@@ -146,7 +146,8 @@ class LatentSpec(nn.Module):
         logvar = posterior.logvar - 2.0 * self.std.to(mean).log()
         return DiagonalGaussian(torch.cat([mean, logvar], dim=1), posterior.deterministic)
 
-    def _check_grid(self, latents: Tensor) -> None:
+    def _check(self, latents: Tensor) -> None:
+        check_map(latents, self.channels, "latents")
         if self.grid is not None and tuple(latents.shape[-2:]) != self.grid:
             raise ShapeError(
                 f"latents have grid {tuple(latents.shape[-2:])}; the statistics are per element at {self.grid}: "
@@ -187,12 +188,17 @@ def fit_latent_statistics(
         (mean, std) as stored.
 
     Raises:
-        ConfigError: no batch came.
+        ConfigError: no batch came, or ``vae`` has no `LatentSpec`.
 
     Warns:
         RangeWarning: a channel is constant over the data; its std is left at 1.
     """
-    spec = vae.latent_spec
+    spec = getattr(vae, "latent_spec", None)
+    if not isinstance(spec, LatentSpec):
+        raise ConfigError(
+            f"vae came as {type(vae).__name__}, which has no latent_spec to keep statistics in; wanted a PixelVAE or "
+            "PSVAE: open the folder of a diffusers VAE with PixelVAE.from_pretrained(folder)"
+        )
     over = (0, 2, 3) if spec.grid is None else (0,)
     old_mean, old_std = spec.mean.cpu().double(), spec.std.cpu().double()  # on the CPU: some devices lack float64
     count, mean, m2, noise = 0, *(torch.zeros_like(old_mean) for _ in range(3))

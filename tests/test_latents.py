@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Generator, Tensor, nn
 
@@ -219,6 +220,19 @@ def test_statistics_per_element_need_their_grid() -> None:
             act(torch.randn(SHAPE))
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((2, 4, 4, 5), r"latents have 4 channels, shape \(2, 4, 4, 5\); wanted 8"),
+        ((8, 4, 5), r"latents have shape \(8, 4, 5\); wanted 4 axes, .*; add a batch axis"),
+    ],
+)
+def test_a_spec_takes_latents_of_its_channels(shape: tuple[int, ...], said: str) -> None:
+    for act in (spec().normalize, spec().denormalize):
+        with pytest.raises(ShapeError, match=said):
+            act(torch.randn(shape))
+
+
 def test_what_a_spec_says_of_itself() -> None:
     assert repr(spec()) == "LatentSpec(channels=8, stride=8, statistics=per channel, applied by encode)"
     assert "per element at 4x5" in repr(spec((4, 5)))
@@ -391,6 +405,12 @@ def test_no_batches() -> None:
         with pytest.raises(ConfigError, match="batches is empty; wanted at least one image tensor"):
             fit_latent_statistics(vae, nothing)
     assert torch.equal(vae.latent_spec.std, torch.ones(8, 1, 1))
+
+
+def test_a_vae_of_diffusers_keeps_no_statistics() -> None:
+    theirs: Any = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
+    with pytest.raises(ConfigError, match=r"vae came as AutoencoderKL, .*with PixelVAE.from_pretrained\(folder\)"):
+        fit_latent_statistics(theirs, [images()])
 
 
 def test_statistics_per_element_refuse_other_sizes_and_keep_what_they_had() -> None:

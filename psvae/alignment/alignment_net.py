@@ -3,6 +3,7 @@
 latent ─MLP_patch, cell by cell─▶ patch features;  latent ─mean over the grid, MLP_cls─▶ global feature
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,8 +103,8 @@ class AlignmentNet(nn.Module, HubMixin):
                 halves for float32 weights.
 
         Warns:
-            RangeWarning: the scale says that statistics were applied twice or not at all. Not looked at in training
-                with gradients, where reading values would hold up a GPU at every step.
+            RangeWarning: the scale says that statistics were applied twice or not at all, or is NaN. Not looked at in
+                training with gradients, where reading values would hold up a GPU at every step.
         """
         config = self.config
         check_map(latents, config.latent_channels, "latents")
@@ -132,13 +133,21 @@ class AlignmentNet(nn.Module, HubMixin):
             return
         seen = latents.detach().float()
         found = (seen if normalized else spec.normalize(seen)).square().mean().sqrt().item()
-        if not 1 / _FAR <= found <= _FAR:
-            warnings.warn(
-                f"latents lie {found:.3g} standard deviations from their mean, on average; wanted about 1: the "
-                f"statistics were applied twice, or not at all; this call has normalized={normalized}",
-                RangeWarning,
-                stacklevel=3,
+        if math.isnan(found):
+            said = "latents hold NaN; wanted numbers: look at the step that made them"
+        elif not 1 / _FAR <= found <= _FAR:
+            remedy = (
+                "raw latents come without it, and latent_spec.normalize is called once"
+                if normalized
+                else "latents that a generator made, or that latent_spec.normalize returned, come with normalized=True"
             )
+            said = (
+                f"latents lie {found:.3g} standard deviations from their mean, on average; wanted about 1: the "
+                f"statistics were applied twice, or not at all; this call has normalized={normalized}: {remedy}"
+            )
+        else:
+            return
+        warnings.warn(said, RangeWarning, stacklevel=5)  # past forward and the two calls of nn.Module
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute both MLPs in backward instead of keeping their activations."""

@@ -50,11 +50,16 @@ def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: Alignme
         alignment: None for a plain VAE: ``vae/`` alone is written.
 
     Raises:
-        ConfigError: the two have another latent, or the statistics were not measured.
+        ConfigError: ``vae`` is no PixelVAE, the two have another latent, or the statistics were not measured.
         CheckpointError: the folder cannot be written, diffusers' layout cannot hold the VAE, or there is an older
             ``alignment/`` that a plain VAE would be paired with.
     """
     root = Path(folder)
+    if not isinstance(vae, PixelVAE):
+        raise ConfigError(
+            f"vae came as {type(vae).__name__}; wanted a PixelVAE: open the folder of a diffusers VAE with "
+            "PixelVAE.from_pretrained(folder), then measure it with fit_latent_statistics"
+        )
     if alignment is not None:
         _same_latent(vae, alignment)
     elif (root / "alignment" / CONFIG).exists():

@@ -241,6 +241,11 @@ def _find_pickle(source: Source, variant: str | None) -> Path:
             f"{source} holds a pipeline, which is many models; pass subfolder='vae' or another of them"
         )
     if path is None:
+        if not source.subfolder and source.find(f"vae/{CONFIG}") is not None:
+            path = f", or its path {source.folder / 'vae'}" if source.folder is not None else ""
+            raise CheckpointError(
+                f"{source} holds no weights itself, and a VAE in vae/, as of save_reals; pass subfolder='vae'{path}"
+            )
         what = f"weights of variant {variant!r}" if variant else f"{WEIGHTS} (nor {INDEX} with shards)"
         raise CheckpointError(f"{source} has no {what}; {_other_variants(source)}{source.listing()}")
     return path

@@ -94,9 +94,20 @@ def test_statistics_applied_twice_are_told_by_scale():
         net.latent_spec.std.fill_(5.0)
         net(x * 5)
         net(x, normalized=True)
+        remedies = {True: "raw latents come without it, and .* called once", False: "come with normalized=True"}
         for wrong, normalized in ((x, False), (x * 5, True), (x / 5, True), (x * 25, False)):
-            with pytest.warns(RangeWarning, match=f"twice, or not at all; this call has normalized={normalized}"):
+            said = f"twice, or not at all; this call has normalized={normalized}: .*{remedies[normalized]}"
+            with pytest.warns(RangeWarning, match=said) as caught:
                 net(wrong, normalized=normalized)
+            assert caught[0].filename == __file__  # the caller's line
+
+
+def test_nan_latents_are_told():
+    net, x = tiny_net(), latents(2, 4, 4)
+    net.latent_spec.std.fill_(5.0)
+    x[0, 0, 0, 0] = torch.nan
+    with torch.no_grad(), pytest.warns(RangeWarning, match="^latents hold NaN; wanted numbers"):
+        net(x)
 
 
 class CountReads(TorchDispatchMode):

@@ -87,6 +87,15 @@ def test_any_precision(pair, tmp_path, saved, loaded):
             assert getattr(module.latent_spec, name).eq(torch.tensor(number).to(loaded)).all()
 
 
+def test_a_vae_of_diffusers_is_opened_first(pair, folder, tmp_path):
+    theirs = AutoencoderKL.from_pretrained(folder / "vae")
+    with pytest.raises(
+        ConfigError, match=r"vae came as AutoencoderKL; .*with PixelVAE.from_pretrained\(folder\), then"
+    ):
+        save_reals(tmp_path / "out", theirs, pair[1])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plain_vae_is_not_paired_with_an_older_network(pair, folder, tmp_path):
     plain = other_pair()[0]
     with pytest.raises(CheckpointError, match=r"holds alignment/, of another VAE.*delete alignment/"):
@@ -198,6 +207,11 @@ def test_the_authors_folder_is_read(folder):
     assert vae.latent_spec.std.unique().numel() == 1
     with pytest.raises(CheckpointError, match=r"has no config.json; wanted vae/ and alignment/.*PixelVAE"):
         load_reals(folder / "vae")
+
+
+def test_the_folder_above_the_vae_names_it(folder):
+    with pytest.raises(CheckpointError, match=r"a VAE in vae/, .*; pass subfolder='vae', or its path .*reals/vae$"):
+        PixelVAE.from_pretrained(folder)
 
 
 def test_statistics_are_needed(pair, folder, tmp_path):

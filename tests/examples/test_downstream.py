@@ -314,6 +314,16 @@ def test_statistics_applied_twice_are_warned_of(downstream, world, tmp_path):
     twice = {"reals": tmp_path / "reals", "segmentation": world / "seg.safetensors"}
     with pytest.warns(RangeWarning, match="standard deviations from their mean.*twice, or not at all"):
         run(downstream, world, tmp_path / "out", input=world / "raw.safetensors", **twice)
+    del twice["segmentation"]  # a warning would be an error here: of pictures it is the tool that reads the means
+    run(
+        downstream,
+        world,
+        tmp_path / "fit",
+        **twice,
+        teacher=world / "teacher",
+        **{"fit-head": world / "labelled"},
+        steps=1,
+    )
 
 
 def test_a_head_of_the_teacher_is_applied_unchanged(downstream, fitting, heads, world, tmp_path):
@@ -440,6 +450,7 @@ def test_masks_are_cut_as_their_pictures_are(fitting, tmp_path):
         ({"segmentation": "seg.safetensors", "input": "pictures.npz"}, r"uint8 of shape \(2, 32, 32, 3\), no latents"),
         ({"segmentation": "seg.safetensors", "input": "narrow.npz"}, r"shape \(2, 8, 4\); wanted 4 axes"),
         ({"segmentation": "seg.safetensors", "fit-head": "labelled"}, "wanted one of them"),
+        ({"segmentation": "seg.safetensors", "input": "broken_images/images/00.png"}, r"none of .*00\.png can be read"),
         ({"fit-head": "labelled/images"}, r"has 0 pictures in images/ and 0 in masks/; wanted both"),
         ({"fit-head": "no_masks"}, r"1 pictures in images/ and 0 in masks/; without a partner: 00"),
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),

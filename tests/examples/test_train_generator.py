@@ -1,5 +1,6 @@
 """The generator's training example: every kind of data, exact resumption after SIGKILL, dropped conditions."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -419,14 +420,43 @@ def test_as_much_is_dropped_as_asked_for(tmp_path):
     assert abs((text * source).mean() - 0.03) < 0.025  # one does not hang on the other
 
 
-def test_the_average_is_what_a_hand_computes():
+def average_of(state=None, decay=0.9):
+    """Of a model of one weight, 1 to begin with; what it is after an update at ``value``."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(1.0)
-    average = script("checkpoints").Ema(model, decay=0.9)
-    for value, expected in ((2.0, 1.1), (4.0, 1.39)):  # 0.9 · 1 + 0.1 · 2, then 0.9 · 1.1 + 0.1 · 4
+    average = script("checkpoints").Ema(model, decay)
+    if state is not None:
+        average.load_state_dict(state)
+
+    def update(value):
         model.weight.data.fill_(value)
         average.update(model)
-        assert average.named(model)["weight"].item() == pytest.approx(expected)
+        return average.named(model)["weight"].item()
+
+    return average, update
+
+
+def test_the_average_is_what_a_hand_computes():
+    """LDM's warm-up: 2/11 · 1 + 9/11 · 2, then 3/12 of it + 9/12 · 4; from the 80th on the decay itself."""
+    average, update = average_of()
+    assert update(2.0) == pytest.approx(20 / 11)
+    assert update(4.0) == pytest.approx(5 / 11 + 3)
+    assert [average_of(decay=decay)[1](2.0) for decay in (0.1, 0.0)] == pytest.approx([1.9, 2.0])
+    for _ in range(78):
+        before = update(4.0)
+    assert average.updates == 80
+    assert update(8.0) == pytest.approx(0.9 * before + 0.8)
+
+
+def test_the_average_goes_on_with_its_warm_up(tmp_path):
+    """A state of before there was one is past it."""
+    average, update = average_of()
+    update(2.0)
+    torch.save(average.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = average_of(copy.deepcopy(state))[1](4.0)
+    assert resumed == update(4.0)
+    assert average_of({"parameters": state["parameters"]})[1](4.0) == pytest.approx(0.9 * 20 / 11 + 0.4)
 
 
 def test_the_averaged_weights_are_saved(tmp_path):

@@ -166,7 +166,10 @@ def test_a_killed_run_continues_bit_exactly(world, unbroken):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "metrics.json").exists()
-    assert "continues from step" in run([*arguments, "--resume"])
+    said = run([*arguments, "--resume"])
+    assert "continues from step" in said
+    assert "goes on with other options" not in said
+    assert f"saved below {output}: vae/ and alignment/, averaged weights (--ema 0.9)" in said
     assert_equal(weights(output), weights(unbroken[0]))
     assert "is trained already" in run([*arguments, "--resume"])
 
@@ -694,6 +697,7 @@ def test_nan_of_the_discriminator_stops_too(world, tmp_path):
         ({"model": Path("none.json")}, r"--model none.json is no file; wanted JSON of a PixelVAEConfig"),
         ({"teacher": "bare"}, r"bare has no config.json that can be read .*; wanted a folder of psvae, timm"),
         ({"teacher": "bare", "kl": (1e-6, 1.0), "patch": 0.0, "cls": 0.0}, r"bare has no config.json"),
+        ({"teacher": "no/where"}, r"there is no folder no/where for a teacher; wanted a folder of psvae, .* timm name"),
         ({"vae": "nowhere", "model": None}, r"nowhere"),
         ({"teacher": "vit_base_patch14_dinov2.none"}, r"timm publishes no weights named 'vit_base_patch14_dinov2.none"),
     ],
@@ -706,6 +710,13 @@ def test_options_that_do_not_go_together(world, tmp_path, monkeypatch, changes, 
     with pytest.raises(SystemExit, match=said):
         train(world, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_width_of_a_folder_that_is_not_there():
+    with pytest.raises(SystemExit, match=r"there is no folder /no/where for a teacher"):
+        reals_models.width_of("/no/where")
+    with pytest.raises(SystemExit, match=r"has no model 'nowhere'"):
+        reals_models.width_of("nowhere")
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained.*:UserWarning", "ignore:.*weight enum.*:UserWarning")
