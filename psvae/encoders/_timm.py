@@ -107,7 +107,8 @@ def build_vit(
 def _check_name(timm: Any, name: str) -> None:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models("*vit*"), n=3, cutoff=0.4)
-        raise ConfigError(f"timm {timm.__version__} has no model {name!r}; nearest: {', '.join(near)}")
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
+        raise ConfigError(f"timm {timm.__version__} has no model {name!r}{nearest}")
 
 
 def _configure_positions(vit: Any, name: str, mode: str, antialias: bool, offset: float) -> None:
