@@ -1,4 +1,4 @@
-"""Every test of the examples starts as a new process would: accelerate keeps its precision for a process's whole life."""
+"""Every test of the examples starts as a new process would: accelerate keeps its precision for as long as one lives."""
 
 import pytest
 
