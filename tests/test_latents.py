@@ -220,6 +220,7 @@ def test_statistics_per_element_need_their_grid() -> None:
             act(torch.randn(SHAPE))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
@@ -407,6 +408,7 @@ def test_no_batches() -> None:
     assert torch.equal(vae.latent_spec.std, torch.ones(8, 1, 1))
 
 
+@pytest.mark.bad_input
 def test_a_vae_of_diffusers_keeps_no_statistics() -> None:
     theirs: Any = AutoencoderKL(block_out_channels=(32,), norm_num_groups=32)
     with pytest.raises(ConfigError, match=r"vae came as AutoencoderKL, .*with PixelVAE.from_pretrained\(folder\)"):

@@ -87,6 +87,7 @@ def test_any_precision(pair, tmp_path, saved, loaded):
             assert getattr(module.latent_spec, name).eq(torch.tensor(number).to(loaded)).all()
 
 
+@pytest.mark.bad_input
 def test_a_vae_of_diffusers_is_opened_first(pair, folder, tmp_path):
     theirs = AutoencoderKL.from_pretrained(folder / "vae")
     with pytest.raises(
