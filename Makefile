@@ -2,8 +2,9 @@
 .PHONY: quickstart scenes reals docs test check clean
 PYTHON ?= python3
 
+# looks at photographs through psvae-tiny; ARGS=--train trains a small model instead, in minutes
 quickstart: .venv/installed
-	.venv/bin/python examples/quickstart.py $(if $(DATA),--data $(DATA))
+	.venv/bin/python examples/quickstart.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # a tokenizer, text-to-image and editing from nothing, and their scores: 21 minutes on two cores
 scenes: .venv/installed

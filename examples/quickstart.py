@@ -1,11 +1,11 @@
-"""The whole capability in a few minutes on a CPU: train both stages, save, load, reconstruct, look.
+"""What a PS-VAE does: reconstruct with the one that comes with the package, and look; with --train, train a small one.
 
-    python examples/quickstart.py                       # scikit-image's bundled photographs
-    python examples/quickstart.py --data ~/Pictures     # any folder of images
-    python examples/quickstart.py --model FOLDER        # nothing is trained: look at a model that there is
+    python examples/quickstart.py                       # seconds: psvae-tiny on scikit-image's photographs
+    python examples/quickstart.py --data ~/Pictures     # on the first of any folder of images
+    python examples/quickstart.py --train               # minutes: both stages, save, load, reconstruct, look
 
-A small PS-VAE is trained by examples/train_tokenizer.py; the photograph in the report was never seen. Its encoder
-is a small Vision Transformer with random weights, so that nothing is downloaded: it shows the method, not
+With --train, a small PS-VAE is trained by examples/train_tokenizer.py; the photograph in the report was never seen. Its
+encoder is a small Vision Transformer with random weights, so that nothing is downloaded: it shows the method, not
 semantics. With a network, `--encoder vit_small_patch14_reg4_dinov2.lvd142m` takes a real one.
 """
 
@@ -38,15 +38,17 @@ TRAINING_SECONDS = 200
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a small PS-VAE in both stages and report on a photograph it never saw; or look at a trained one."""
+    """Look at psvae-tiny, or train a small PS-VAE in both stages and report on a photograph it never saw."""
 
     data: Path | None = None
-    """A folder of images: in training the first in name order is held out; of --model the first three are shown.
-    Without it, scikit-image's photographs."""
+    """A folder of images: the first three in name order are shown; in training the first is held out. Without it,
+    scikit-image's photographs."""
     output: Path = Path("outputs/quickstart")
-    """Where the model, report.png and metrics.json go; of --model, look.png."""
-    model: str | None = None
-    """Folder or Hub id of a PSVAE to look at; None trains one."""
+    """Where look.png goes; of --train, the model, report.png and metrics.json."""
+    model: str = "psvae-tiny"
+    """What is looked at: a model of the package, a folder, or a Hub id."""
+    train: bool = False
+    """Train one."""
     encoder: str | None = None
     """A timm model with published weights to start from, such as vit_small_patch14_reg4_dinov2.lvd142m (needs a
     network); without it, a small one with random weights."""
@@ -58,14 +60,14 @@ class Quickstart:
 
 def run(options: Quickstart) -> int:
     """Returns the exit code."""
-    return train(options) if options.model is None else look(options, options.model)
+    return train(options) if options.train else look(options)
 
 
-def look(options: Quickstart, name: str) -> int:
+def look(options: Quickstart) -> int:
     """Encode and decode photographs of any size, and draw what the latent holds."""
     from skimage import data
 
-    model = PSVAE.from_pretrained(name)
+    model = PSVAE.from_pretrained(options.model)
     if options.data is None:
         photographs = {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in SHOWN}
     else:
@@ -73,14 +75,14 @@ def look(options: Quickstart, name: str) -> int:
     stride = model.config.spatial_compression_ratio
     images = {name: whole_cells(photograph, stride) for name, photograph in photographs.items()}
     with torch.no_grad():
-        for title, image in images.items():
+        for name, image in images.items():
             latents = model.encode(image).latent_dist.mode()
             error = (model.decode(latents).sample.clamp(-1, 1) - image).square().mean()
             psnr = -10 * torch.log10(error / 4)
-            print(f"{title}: {tuple(image.shape[2:])} pixels, latents {tuple(latents.shape[1:])}, PSNR {psnr:.2f} dB")
+            print(f"{name}: {tuple(image.shape[2:])} pixels, latents {tuple(latents.shape[1:])}, PSNR {psnr:.2f} dB")
     options.output.mkdir(parents=True, exist_ok=True)
     save_look(list(images.values()), model, options.output / "look.png")
-    print(f"the picture is {options.output / 'look.png'}")
+    print(f"the picture is {options.output / 'look.png'}; --train trains a model in a few minutes")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, top to bottom, beside the folder that `make quickstart` leaves."""
+"""The README's Python runs as printed, top to bottom, beside the folder that `make quickstart ARGS=--train` leaves."""
 
 import re
 from pathlib import Path

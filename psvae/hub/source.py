@@ -1,4 +1,4 @@
-"""Where a checkpoint's files come from: a folder, one file, or the Hub through its cache."""
+"""Where a checkpoint's files come from: a folder, one file, the package itself, or the Hub through its cache."""
 
 import os
 import re
@@ -11,11 +11,12 @@ __all__ = ["CONFIG", "LISTED", "Source"]
 
 CONFIG = "config.json"
 LISTED = 20  # names in one error message
+_PACKAGED = Path(__file__).parents[1] / "models"  # folders that come with psvae
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Source:
-    """A local folder or file, or a Hub repository.
+    """A local folder or file, a model of the package by its name, or a Hub repository.
 
     Attributes:
         file: the name of the one file that was asked for, if a path to a file came.
@@ -36,8 +37,14 @@ class Source:
         path = Path(repo_or_folder)
         self.file = path.name if path.is_file() else None
         self.folder = path.parent if path.is_file() else path if path.is_dir() else None
+        packaged = sorted(file.parent.name for file in _PACKAGED.glob(f"*/{CONFIG}"))
+        if self.folder is None and self.name in packaged:
+            self.folder = _PACKAGED / self.name
         if self.folder is None and not _REPO_ID.fullmatch(self.name):
-            raise CheckpointError(f"{self.name!r} is not a folder or file here, nor a Hub id of the form 'org/name'")
+            raise CheckpointError(
+                f"{self.name!r} is not a folder or file here, nor a Hub id of the form 'org/name', nor a model of the "
+                f"package ({', '.join(packaged)})"
+            )
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.name, self.subfolder) if part)
