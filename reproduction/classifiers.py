@@ -108,6 +108,8 @@ class Judge(nn.Module):
 
 
 def train_judge(train: Split, width: int, recipe: Recipe, folder: Path, machine: Machine) -> None:
+    if (folder / "model.pt").exists():
+        return
     torch.manual_seed(recipe.seed)
     judge = Judge(width).to(machine.device, memory_format=torch.channels_last)
 

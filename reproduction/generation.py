@@ -28,9 +28,9 @@ BASE_CHANNELS = 16  # the paper's, C_base of its shift
 class Sizes:
     """Of the generator and of what it is measured by."""
 
-    width: int = 128
+    width: int = 96
     layers: int = 4
-    head_width: int = 192
+    head_width: int = 160
     samples: int = 1000
     updates: int = 15
     measured: int = 3
@@ -91,7 +91,7 @@ def train_generator(
     torch.manual_seed(recipe.seed)
     model = DeepFusionDiT(config_for(channels, sizes)).to(machine.device)
     shift = flow.dimension_shift(channels, 1, side**2, base=BASE_CHANNELS * side**2)
-    every = max(1, recipe.steps // sizes.measured)
+    measured = {-(-recipe.steps * part // sizes.measured) for part in range(1, sizes.measured + 1)}
     real = batched(judge.features, to_images(test.pictures), machine)
 
     def loss(model: nn.Module, places: Tensor, step: int) -> Tensor:
@@ -102,7 +102,7 @@ def train_generator(
         return flow.flow_loss(output.sample, latents, noise)
 
     def each(averaged: nn.Module, step: int) -> None:
-        if step % every == 0:
+        if step in measured:
             made = sample(averaged, vae, (sizes.samples, channels, side, side), sizes.updates, recipe.seed, machine)
             wanted = torch.arange(len(made)) % CLASSES
             record(

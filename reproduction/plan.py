@@ -1,14 +1,16 @@
 """How much of everything: the whole reproduction, and a tenth of it. Nothing here was chosen after seeing a result."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from reproduction.generation import Sizes
 from reproduction.spaces import ABLATED, CONVOLUTIONAL, PHASES, PS_VAE, SWEEP
 
-MAIN = ("rae", "s-vae", PS_VAE, "rae-hd", "p-vae")  # Tables 2, 4 and 6
-GENERATED = ("rae-hd", "rae", "s-vae", PS_VAE, "p-vae", *CONVOLUTIONAL)
+GENERATED = ("rae-hd", "rae", "s-vae", PS_VAE, "p-vae", *CONVOLUTIONAL)  # with every seed: Tables 2, 4 and 6, and ReaLS
 MEANS = f"{PS_VAE}-means"  # PS-VAE, with a generator of its posterior's means
-SEEDS = (0, 1, 2)  # of the generators, and of the MAIN spaces
+ONCE = (MEANS, "mlp", "on-features")  # a generator of the first seed alone
+SEEDS = (0, 1, 2)  # of the spaces and of the generators in them
+ABLATED_GENERATORS = ("KL weight", "L_s : L_p")  # what a generator could mind
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Plan:
     """Of each space; half of them before the encoder is tuned."""
     space_batch: int = 32
     ablation_steps: int = 750
-    generator_steps: int = 1000
+    generator_steps: int = 1500
+    """Of each generator; half of them in the ablations."""
     generator_batch: int = 64
     kept: int = 5
     """Channels of the shortcut test: the paper's 32 of 768, of 128."""
@@ -40,7 +43,7 @@ class Plan:
 WHOLE = Plan()
 QUICK = replace(
     WHOLE, encoder_small_steps=220, encoder_steps=155, judge_steps=280, space_steps=150, ablation_steps=75,
-    generator_steps=100, probe_pictures=2000, toy_steps=300,
+    generator_steps=150, probe_pictures=2000, toy_steps=300,
     sizes=replace(WHOLE.sizes, samples=500, updates=10, measured=2, pictures=2500),
 )  # fmt: skip
 
@@ -48,7 +51,7 @@ QUICK = replace(
 def phases_of(space: str) -> list[str]:
     """Its phases, the first one first."""
     chain = [space]
-    while (before := PHASES[chain[0]].after) is not None:
+    while space in PHASES and (before := PHASES[chain[0]].after) is not None:
         chain.insert(0, before)
     return chain
 
@@ -58,5 +61,5 @@ def spaces() -> list[str]:
     return ["rae", "s-vae", *(f"ps-vae-{z}" for z in SWEEP), "rae-hd", "p-vae", "mlp", "on-features", *CONVOLUTIONAL]
 
 
-def ablations() -> list[str]:
-    return [name for group in ABLATED.values() for name in group if not name.endswith("-stage1")]
+def ablations(groups: Iterable[str] = ABLATED) -> list[str]:
+    return [name for group in groups for name in ABLATED[group] if not name.endswith("-stage1")]

@@ -10,6 +10,7 @@ its figures are drawn from these numbers.
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,18 @@ from checkpoints import changed, write_text  # noqa: E402
 
 from psvae import PSVAE, SemanticEncoder  # noqa: E402
 from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
-from reproduction.plan import GENERATED, MAIN, MEANS, QUICK, SEEDS, WHOLE, Plan, ablations, phases_of  # noqa: E402
+from reproduction.plan import (  # noqa: E402
+    ABLATED_GENERATORS,
+    GENERATED,
+    MEANS,
+    ONCE,
+    QUICK,
+    SEEDS,
+    WHOLE,
+    Plan,
+    ablations,
+    phases_of,
+)  # fmt: skip
 from reproduction.plan import spaces as all_spaces  # noqa: E402
 from reproduction.training import Machine, Recipe  # noqa: E402
 
@@ -133,15 +145,23 @@ def moved(run: Run) -> dict[str, Any]:
     return {"squares": [round(x, 5) for x in spaces.moved(tuned, run.frozen(), images, run.machine).tolist()]}
 
 
-def generator(run: Run, name: str, seed: int, moments: dict[str, generation.Moments]) -> dict[str, Any]:
-    """One generator in one space; its measures against training steps."""
-    vae = spaces.load_space(spaces.PS_VAE if name == MEANS else name, run.spaces(), run.machine)
-    if name not in moments:  # of all seeds; one space at a time is held
-        moments.clear()
-        moments[name] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
-        if name == MEANS:
-            moments[name].std.zero_()
-    folder = run.output / "generators" / f"{name}-{seed}"
+def generator(
+    run: Run, name: str, seed: int, steps: int, cached: dict[Path, generation.Moments], label: str | None = None
+) -> dict[str, Any]:
+    """One generator in the space ``name``; its measures against training steps.
+
+    Args:
+        cached: latents of the last space that was encoded.
+        label: of its folder; `MEANS` learns the posterior's means.
+    """
+    label = label or name
+    vae = spaces.load_space(name, run.spaces(seed), run.machine)
+    if (place := run.spaces(seed) / label) not in cached:
+        cached.clear()
+        cached[place] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
+        if label == MEANS:
+            cached[place].std.zero_()
+    moments, folder = cached[place], run.output / "generators" / f"{label}-{seed}"
     file = folder / "curve.json"
     curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
@@ -149,11 +169,11 @@ def generator(run: Run, name: str, seed: int, moments: dict[str, generation.Mome
         curve[str(step)] = numbers
         write_text(file, json.dumps(curve))
 
-    recipe = Recipe(run.plan.generator_steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
+    recipe = Recipe(steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
     model = generation.train_generator(
-        vae, moments[name], run.test, run.judge(), run.plan.sizes, recipe, folder, run.machine, record
+        vae, moments, run.test, run.judge(), run.plan.sizes, recipe, folder, run.machine, record
     )
-    channels, side = moments[name].mean.shape[1], moments[name].mean.shape[-1]
+    channels, side = moments.mean.shape[1], moments.mean.shape[-1]
     made = generation.sample(model, vae, (40, channels, side, side), run.plan.sizes.updates, seed, run.machine)
     report.save_pictures(made, folder / "samples.png")
     (folder / "state.pt").unlink(missing_ok=True)
@@ -172,43 +192,56 @@ def toy(run: Run) -> dict[str, Any]:
 
 
 def stages(run: Run) -> Iterator[Stage]:
-    """In their order; each needs only earlier ones."""
+    """In their order; each needs only earlier ones. All of the first seed comes first."""
+    cached: dict[Path, generation.Moments] = {}
+    steps = run.plan.generator_steps
     yield "encoder", encoder
     yield "judge", judge
-    ordered: dict[str, None] = {}
-    for name in all_spaces():
-        ordered |= dict.fromkeys(phases_of(name) if name in spaces.PHASES else [name])
-    for name in ordered:
-        yield f"space-0-{name}", lambda run, name=name: phase(run, name, 0, run.plan.space_steps)
-    yield "moved", moved
-    for which in ("moved", "still"):
-        yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
-    yield "toy", toy
-    moments: dict[str, generation.Moments] = {}
-    for name in (*GENERATED, MEANS):
-        for seed in SEEDS:
-            yield f"generator-{name}-{seed}", lambda run, name=name, seed=seed: generator(run, name, seed, moments)
-    for seed in SEEDS[1:]:
-        for name in dict.fromkeys(name for space in MAIN for name in phases_of(space)):
+    for seed in SEEDS:
+        names = all_spaces() if seed == 0 else list(GENERATED)
+        for name in dict.fromkeys(part for space in names for part in phases_of(space)):
             yield (
                 f"space-{seed}-{name}",
                 lambda run, name=name, seed=seed: phase(run, name, seed, run.plan.space_steps),
             )
-    for name in dict.fromkeys(name for space in ablations() for name in phases_of(space)):
-        yield f"ablation-{name}", lambda run, name=name: phase(run, name, 0, run.plan.ablation_steps)
-    name = spaces.PS_VAE
-    for which in phases_of(name):  # what the ablations are compared with, at their steps
-        yield f"ablation-{which}", lambda run, which=which: baseline(run, which)
+        for name in GENERATED:
+            yield (
+                f"generator-{name}-{seed}",
+                lambda run, name=name, seed=seed: generator(run, name, seed, steps, cached),
+            )
+        if seed == 0:
+            yield from first_seed_alone(cached, steps)
 
 
-def baseline(run: Run, name: str) -> dict[str, Any]:
-    """The defaults at the ablations' steps, in a folder of their own."""
-    there = run._replace(output=run.output / "ablation-baseline")
-    (there.output).mkdir(parents=True, exist_ok=True)
+def first_seed_alone(cached: dict[Path, generation.Moments], steps: int) -> Iterator[Stage]:
+    yield "moved", moved
+    for which in ("moved", "still", "frozen"):
+        yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
+    yield "toy", toy
+    for label in ONCE:
+        name = spaces.PS_VAE if label == MEANS else label
+        yield (
+            f"generator-{label}-0",
+            lambda run, name=name, label=label: generator(run, name, 0, steps, cached, label),
+        )
+    compared = (spaces.PS_VAE, *ablations())
+    for name in dict.fromkeys(part for space in compared for part in phases_of(space)):
+        yield f"ablation-{name}", lambda run, name=name: phase(shorter(run), name, 0, run.plan.ablation_steps)
+    for name in (spaces.PS_VAE, *ablations(ABLATED_GENERATORS)):
+        yield (
+            f"ablation-generator-{name}",
+            lambda run, name=name: generator(shorter(run), name, 0, steps // 2, cached),
+        )
+
+
+def shorter(run: Run) -> Run:
+    """The same, in the ablations' folder."""
+    there = run._replace(output=run.output / "ablations")
+    there.output.mkdir(exist_ok=True)
     for part in ("encoder", "judge"):
         if not (there.output / part).exists():
             (there.output / part).symlink_to((run.output / part).resolve(), target_is_directory=True)
-    return phase(there, name, 0, run.plan.ablation_steps)
+    return there
 
 
 # The run
@@ -221,19 +254,30 @@ def main(options: Options) -> None:
     train, test = cifar.load(options.data, output / "data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(plan, output, train, test, Machine(device, options.precision == "bf16"))
-    results = output / "results"
+    results, failed = output / "results", []
     for name, stage in stages(run):
         file = results / f"{name}.json"
         if file.exists() or (options.only is not None and not name.startswith(options.only)):
             continue
         started = time.time()
-        numbers = stage(run)
+        try:
+            numbers = stage(run)
+        except (Exception, SystemExit):  # of one stage: those that do not need it go on
+            traceback.print_exc()
+            failed.append(name)
+            continue
         numbers["minutes"] = round((time.time() - started) / 60, 2)
+        numbers["on"] = f"CPU cores: {torch.get_num_threads()}" if device.type == "cpu" else device.type
         write_text(file, json.dumps(numbers, indent=2) + "\n")
         shown = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
-    page = report.write(results, output, ROOT / "docs" if not options.quick else output)
+    whole = not options.quick and all((results / f"{name}.json").exists() for name, _ in stages(run))
+    page = report.write(results, output, ROOT / "docs" if whole else output)
     print(f"the page is {page}")
+    if failed:
+        raise SystemExit(
+            f"{len(failed)} stages failed, see above: {', '.join(failed)}; the same command tries them again"
+        )
 
 
 def claim(options: Options, plan: Plan, output: Path) -> None:

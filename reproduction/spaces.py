@@ -7,10 +7,12 @@
     p-vae          the network of PS-VAE trained on pixels alone (section 5.1)
     mlp            PS-VAE whose semantic VAE is two MLPs without blocks (Table 5)
     on-features    PS-VAE whose decoder reads the rebuilt features (Table 5)
-    kept-moved     a decoder that reads only the channels of rae-hd that moved most (section 5.4); kept-still: least
+    kept-moved     a decoder that reads only the channels of rae-hd that moved most (section 5.4); kept-still: those
+                   that moved least; kept-frozen: those that moved most, as the frozen encoder has them
     plain, reals   a convolutional VAE, without and with ReaLS' alignment
 
-A space is the last of its phases. What both S-VAE and PS-VAE begin with is trained once.
+A space is the last of its phases. What both S-VAE and PS-VAE begin with is trained once; the second phase draws the
+pictures after the first one's, so that every space sees the same ones in the same order.
 """
 
 from dataclasses import dataclass, field, replace
@@ -39,12 +41,13 @@ from psvae import (
 from psvae.encoders import PixelEncoderConfig
 from reproduction.cifar import SIDE, Split, to_images
 from reproduction.classifiers import PATCH
-from reproduction.training import Machine, Recipe, fit
+from reproduction.training import Machine, Recipe, done, fit
 
 DECODER: dict[str, Any] = {
     "base_channels": 32, "channel_multipliers": (1, 2, 4), "num_res_blocks": 1, "norm_groups": 8, "attention_levels": 0,
 }  # fmt: skip
 ALIGNMENT = 0.25  # weight of each of ReaLS' two terms; the paper gives none
+LOGVAR = -4.0  # of every posterior at first: so few steps are not spent on noise that the library's default begins with
 STATISTICS_PICTURES = 5000
 
 
@@ -85,7 +88,7 @@ class Phase:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-SWEEP = (4, 8, 16, 48)  # 48 numbers are as many as a cell has pixels
+SWEEP = (4, 8, 16, 32, 64)  # a cell has 48 numbers of pixels
 
 
 def two_stages(name: str, **fields: Any) -> dict[str, Phase]:
@@ -109,13 +112,14 @@ ABLATED: dict[str, dict[str, Phase]] = {
         **two_stages("kl-1e-3", weights=Weights(kl=1e-3)),
     },
     "L_s : L_p": {
-        **two_stages("ratio-1-0.1", weights=Weights(semantic=1.0, pixel=0.1)),
+        **two_stages("ratio-1-0.1", weights=Weights(semantic=1.0, pixel=0.1, kl=1e-6)),  # L_KL : L_p as elsewhere
         **two_stages("ratio-1-1", weights=Weights(semantic=1.0)),
     },
     "terms of L_s": {
         **two_stages("mse-alone", weights=Weights(cosine=0.0)),
         **two_stages("cosine-alone", weights=Weights(mse=0.0)),
     },
+    "first log σ²": {**two_stages("logvar-0", changes={"initial_logvar": 0.0})},
     "first weights of the blocks": {
         **two_stages("fresh-unscaled", changes={"layer_scale": None}),
         **two_stages("from-encoder", changes={"layer_scale": None, "block_init": "encoder"}),  # which has none
@@ -133,7 +137,8 @@ def build(phase: Phase, encoder: SemanticEncoder) -> PSVAE:
     width, heads = encoder.feature_dim, encoder.feature_dim // 32
     vae = None
     if phase.channels is not None:
-        vae = SemanticVAEConfig(width, phase.channels, phase.depth, heads, 4 * width, **phase.changes)
+        changes = {"initial_logvar": LOGVAR} | phase.changes
+        vae = SemanticVAEConfig(width, phase.channels, phase.depth, heads, 4 * width, **changes)
     reads = width if phase.channels is None or phase.reads == "features" else phase.channels
     config = PSVAEConfig(
         encoder.config, vae, PixelDecoderConfig(reads, **DECODER), decoder_reads=phase.reads, sample_size=SIDE
@@ -143,6 +148,8 @@ def build(phase: Phase, encoder: SemanticEncoder) -> PSVAE:
 
 def train_phase(name: str, encoder_folder: Path, folder: Path, train: Split, recipe: Recipe, machine: Machine) -> None:
     """Writes ``folder/name``; the phase before it is there."""
+    if done(folder / name):
+        return
     phase = PHASES[name]
     torch.manual_seed(recipe.seed)
     frozen = SemanticEncoder.from_pretrained(encoder_folder).to(machine.device).eval().requires_grad_(False)
@@ -153,13 +160,16 @@ def train_phase(name: str, encoder_folder: Path, folder: Path, train: Split, rec
     model.to(machine.device).requires_grad_(True)
     model.encoder.requires_grad_(phase.mode != "frozen")
     steps = recipe.steps * phase.halves // 2
+    recipe = replace(recipe, steps=steps, first_step=0 if phase.after is None else recipe.steps // 2)
 
     def loss(model: nn.Module, places: Tensor, step: int) -> Tensor:
         images = train.images(places).to(machine.device)
         return psvae_loss(model, frozen, images, phase, share=(step + 1) / steps)
 
-    trained = fit(model, loss, replace(recipe, steps=steps), len(train.labels), folder / name, machine)
-    keep(trained, folder / name, train, machine)
+    trained: Any = fit(model, loss, recipe, len(train.labels), folder / name, machine)
+    fit_statistics(trained, train, machine)
+    trained.save_pretrained(folder / name)
+    (folder / name / "state.pt").unlink(missing_ok=True)
 
 
 def psvae_loss(model: nn.Module, frozen: nn.Module, images: Tensor, phase: Phase, share: float) -> Tensor:
@@ -184,14 +194,9 @@ def psvae_loss(model: nn.Module, frozen: nn.Module, images: Tensor, phase: Phase
     return total
 
 
-def keep(model: PSVAE | PixelVAE, folder: Path, train: Split, machine: Machine) -> None:
-    """Its statistics fitted; the weights in place of the training's state."""
-    model.eval()
+def fit_statistics(model: PSVAE | PixelVAE, train: Split, machine: Machine) -> None:
     seen = train.pictures[:STATISTICS_PICTURES].split(250)
-    fit_latent_statistics(model, (to_images(part).to(machine.device) for part in seen))
-    if isinstance(model, PSVAE):
-        model.save_pretrained(folder)
-    (folder / "state.pt").unlink(missing_ok=True)
+    fit_latent_statistics(model.eval(), (to_images(part).to(machine.device) for part in seen))
 
 
 # The shortcut test
@@ -226,17 +231,18 @@ def moved(tuned: SemanticEncoder, frozen: SemanticEncoder, images: Tensor, machi
 
 
 def train_kept(
-    which: Literal["moved", "still"], count: int, encoder_folder: Path, folder: Path, train: Split, recipe: Recipe,
-    machine: Machine,
+    which: Literal["moved", "still", "frozen"], count: int, encoder_folder: Path, folder: Path, train: Split,
+    recipe: Recipe, machine: Machine,
 ) -> Kept:  # fmt: skip
-    """A decoder on the ``count`` channels of rae-hd that moved most, or least; `folder` keeps it."""
-    space = PSVAE.from_pretrained(folder / "rae-hd").to(machine.device)
+    """A decoder on ``count`` channels; `folder` keeps it."""
+    tuned = PSVAE.from_pretrained(folder / "rae-hd").to(machine.device)
     frozen = SemanticEncoder.from_pretrained(encoder_folder).to(machine.device).eval()
-    order = moved(space.encoder.eval(), frozen, train.images(slice(0, 2000)), machine).argsort(descending=True)
-    channels = sorted((order[:count] if which == "moved" else order[-count:]).tolist())
+    order = moved(tuned.encoder.eval(), frozen, train.images(slice(0, 2000)), machine).argsort(descending=True)
+    channels = sorted((order[-count:] if which == "still" else order[:count]).tolist())
+    space = PSVAE.from_pretrained(folder / "rae") if which == "frozen" else tuned
     torch.manual_seed(recipe.seed)
     model, place = Kept(space, channels).to(machine.device), folder / f"kept-{which}"
-    if (place / "model.safetensors").exists():
+    if done(place):
         model.decoder = PixelDecoder.from_pretrained(place).to(machine.device)
         return model
 
@@ -261,6 +267,7 @@ class Aligned(nn.Module):
         encoder = PixelEncoderConfig(latent_channels=channels, **DECODER)
         decoder = PixelDecoderConfig(latent_channels=channels, **DECODER)
         self.vae = PixelVAE(PixelVAEConfig(encoder, decoder, sample_size=SIDE))
+        self.vae.quant_conv.bias.data[channels:] = LOGVAR
         self.alignment = AlignmentNet(AlignmentNetConfig(channels, width, hidden_dim=2 * width, stride=PATCH))
 
 
@@ -268,6 +275,8 @@ def train_convolutional(
     name: str, encoder_folder: Path, folder: Path, train: Split, recipe: Recipe, channels: int, machine: Machine
 ) -> None:
     """``plain`` or ``reals``; writes the folder that `load_reals` reads."""
+    if done(folder / name):
+        return
     torch.manual_seed(recipe.seed)
     frozen = SemanticEncoder.from_pretrained(encoder_folder).to(machine.device).eval().requires_grad_(False)
     model = Aligned(frozen.feature_dim, channels).to(machine.device)
@@ -284,8 +293,9 @@ def train_convolutional(
         return pixel + 1e-5 * kl + ALIGNMENT * (patch + pooled)
 
     trained: Any = fit(model, loss, recipe, len(train.labels), folder / name, machine)
-    keep(trained.vae, folder / name, train, machine)
+    fit_statistics(trained.vae, train, machine)
     save_reals(folder / name, trained.vae, trained.alignment)
+    (folder / name / "state.pt").unlink(missing_ok=True)
 
 
 def load_space(name: str, folder: Path, machine: Machine) -> PSVAE | PixelVAE:

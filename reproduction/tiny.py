@@ -1,4 +1,4 @@
-"""psvae-tiny: a small trained PS-VAE that is to come with the package, and how it is made.
+"""psvae-tiny: the trained PS-VAE that comes with the package, and how it was made.
 
     python -m reproduction.tiny --cifar cifar10/ --photographs photographs/
 
@@ -52,7 +52,7 @@ DECODER: dict[str, Any] = {
     "base_channels": 16, "channel_multipliers": (1, 2, 4, 5, 5), "num_res_blocks": 1, "norm_groups": 8,
     "attention_levels": 0,
 }  # fmt: skip
-DEEPER: dict[str, Any] = DECODER | {"num_res_blocks": 4}  # of the plain VAE's encoder, to make the two of one size
+WIDER: dict[str, Any] = DECODER | {"channel_multipliers": (1, 2, 4, 8, 8)}  # the plain VAE's encoder: of one size then
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def train_plain(options: Options, data: Path) -> None:
     output = options.output / "plain"
     if (output / "metrics.json").exists():
         return
-    encoder = PixelEncoderConfig(latent_channels=CHANNELS, **DEEPER)
+    encoder = PixelEncoderConfig(latent_channels=CHANNELS, **WIDER)
     config = PixelVAEConfig(encoder, PixelDecoderConfig(CHANNELS, **DECODER))
     file = options.output / "plain.json"
     write_text(file, json.dumps(config.to_dict()))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from checkpoints import write_whole
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SAVE_EVERY = 60  # seconds
@@ -40,6 +40,8 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     ema: float = 0.0
+    first_step: int = 0
+    """Of the random numbers: a second phase goes on where the first one's ended."""
 
 
 Loss = Callable[[nn.Module, Tensor, int], Tensor]  # model, places of the batch in the data, step
@@ -69,7 +71,7 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, recipe.lr, recipe.betas, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, steps=recipe.steps))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+    averaged = AveragedModel(model, multi_avg_fn=moving_average(recipe.ema)) if recipe.ema else None
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     if averaged is not None:
         parts["averaged"] = averaged
@@ -82,7 +84,7 @@ def fit(
     model.train()
     saved = time.monotonic()
     for step in (bar := tqdm(range(done, recipe.steps), folder.name, initial=done, total=recipe.steps, mininterval=5)):
-        torch.manual_seed(1_000_003 * recipe.seed + step)
+        torch.manual_seed(1_000_003 * recipe.seed + recipe.first_step + step)
         places = torch.randint(count, (recipe.batch,))
         with machine.autocast():
             value = loss(model, places, step)
@@ -109,6 +111,20 @@ def share_of_rate(step: int, steps: int) -> float:
     warm = max(1, min(200, steps // 20))
     cosine = 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * step / max(1, steps)))
     return cosine * min(1.0, (step + 1) / warm)
+
+
+def moving_average(decay: float) -> Callable[..., None]:
+    """Warmed up as LDM's, so that a short run does not keep its first weights."""
+
+    def update(averaged: Any, current: Any, updates: Any) -> None:
+        torch._foreach_lerp_(list(averaged), list(current), 1 - min(decay, float((1 + updates) / (10 + updates))))
+
+    return update
+
+
+def done(folder: Path) -> bool:
+    """A training ended here and its weights were kept."""
+    return not (folder / "state.pt").exists() and any(folder.rglob("*.safetensors"))
 
 
 def batched(read: Callable[[Tensor], Tensor], items: Tensor, machine: Machine, size: int = 250) -> Tensor:

@@ -4,6 +4,7 @@ its numbers."""
 import io
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -126,6 +127,15 @@ def test_a_killed_training_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     assert torch.equal(whole.weight, resumed.weight)
 
 
+def test_averages_are_warmed_up():
+    average = [torch.zeros(1)]
+    update = training.moving_average(0.99)
+    update(average, [torch.ones(1)], torch.tensor(2))
+    assert average[0].item() == pytest.approx(1 - 3 / 12)
+    update(average, [torch.zeros(1)], torch.tensor(10_000))
+    assert average[0].item() == pytest.approx(0.99 * 0.75)
+
+
 def test_stops_at_nan(tmp_path):
     recipe = training.Recipe(2, 1, 0.1, seed=0)
     with pytest.raises(SystemExit, match="loss of step 0 is nan"):
@@ -227,6 +237,47 @@ def test_trains_on_from_the_phase_before(encoder, tmp_path):
     assert (loaded["rae"].latent_spec.std != 1).any()
 
 
+class Watched(cifar.Split):
+    """Knows which pictures were seen."""
+
+    seen: ClassVar[list[list[int]]] = []
+
+    def images(self, places):
+        self.seen.append(places.tolist())
+        return super().images(places)
+
+
+def test_all_spaces_see_the_same_pictures_in_the_same_order(encoder, tmp_path):
+    train, orders = Watched(*split(50)), []
+    for names in (("p-vae",), ("rae-half", "rae-hd"), ("ps-vae-4-stage1", "ps-vae-4")):
+        train.seen.clear()
+        for name in names:
+            spaces.train_phase(name, encoder, tmp_path, train, training.Recipe(4, 3, 1e-3, seed=0), CPU)
+        orders.append([*train.seen])
+    train.seen.clear()
+    spaces.train_convolutional("plain", encoder, tmp_path, train, training.Recipe(4, 3, 1e-3, seed=0), 4, CPU)
+    assert len(orders[0]) == 4
+    assert len({tuple(places) for places in orders[0]}) == 4
+    assert orders[0] == orders[1] == orders[2] == train.seen
+
+
+def test_what_is_trained_is_not_trained_again(encoder, tmp_path):
+    train, recipe = Watched(*split(20)), training.Recipe(2, 2, 1e-3, seed=0)
+    for again in (False, True):
+        train.seen.clear()
+        spaces.train_phase("rae-half", encoder, tmp_path, train, recipe, CPU)
+        spaces.train_convolutional("plain", encoder, tmp_path, train, recipe, 4, CPU)
+        assert bool(train.seen) != again
+
+
+def test_every_posterior_begins_with_little_noise(encoder):
+    frozen = SemanticEncoder.from_pretrained(encoder)
+    made = spaces.build(spaces.PHASES[plan.PS_VAE], frozen), spaces.Aligned(WIDTH, 4).vae
+    for vae in made:
+        logvar = vae.eval().encode(split(2).images(slice(None))).latent_dist.logvar
+        assert logvar.mean().item() == pytest.approx(spaces.LOGVAR, abs=0.7)
+
+
 def test_moved_finds_the_channel_that_moved(encoder):
     frozen, tuned = (SemanticEncoder.from_pretrained(encoder) for _ in range(2))
     frozen.vit.norm = tuned.vit.norm = nn.Identity()
@@ -300,7 +351,7 @@ def test_generates_in_a_space(encoder, tmp_path):
     recipe = training.Recipe(8, 4, 1e-3, seed=1, ema=0.9)
     arguments = (vae, moments, split(20, seed=1), Brightness(), sizes, recipe, tmp_path / "g", CPU, curve.__setitem__)
     model = generation.train_generator(*arguments)
-    assert sorted(curve) == [2, 4, 6, 8]
+    assert sorted(curve) == [3, 6, 8]
     assert set(curve[8]) == {"frechet", "class_accuracy"}
     shape = (10, WIDTH, 8, 8)
     first, again, other = (generation.sample(model, vae, shape, 2, seed, CPU) for seed in (0, 0, 1))
@@ -318,18 +369,25 @@ def results(**values):
 
 def test_verdicts():
     claim = orderings.Ordering("a < b", "space", "psnr", ("a", "b"))
-    assert orderings.verdict(results(a=(1, 1), b=(2, 3)), claim)[0] == "appears (2 of 2 seeds)"
-    assert orderings.verdict(results(a=(1, 4), b=(2, 3)), claim)[0] == "in part (1 of 2 seeds)"
-    assert orderings.verdict(results(a=(3, 4), b=(2, 3)), claim)[0] == "does not appear (0 of 2 seeds)"
+    assert orderings.verdict(results(a=(1, 1), b=(2, 3)), claim) == ("appears", "a < b in 2 of 2: 1.500 ± 0.707")
+    assert orderings.verdict(results(a=(1, 4), b=(2, 3)), claim) == (
+        "does not appear",
+        "a < b in 1 of 2: 0.000 ± 1.414",
+    )
     assert orderings.verdict(results(a=(3, 4)), claim)[0] == "not measured"
+    chain = orderings.Ordering("a < b < c", "space", "psnr", ("a", "b", "c"))
+    found = results(a=(1, 1), b=(3, 3), c=(2, 4))
+    assert orderings.verdict(found, chain)[0] == "in part: 1 of 2"
+    gains = orderings.Ordering("c - b < b - a", "space", "psnr", ("c - b", "b - a"))
+    assert orderings.verdict(found, gains) == ("appears", "c - b < b - a in 2 of 2: 2.000 ± 1.414")
     assert orderings.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
 
 
 def test_every_ordering_is_measured_by_some_stage(tmp_path):
     names = {name for name, _ in run.stages(run.Run(plan.WHOLE, tmp_path, split(2), split(2), CPU))}
     for claim in orderings.ORDERINGS:
-        prefix = "generator-{}-0" if claim.kind == "generator" else "space-0-{}"
-        assert {prefix.format(name) for name in claim.names} <= names
+        pattern = {"generator": "generator-{}-0", "space": "space-0-{}", "kept": "kept-{}"}[claim.kind]
+        assert {pattern.format(part) for name in claim.names for part in name.split(" - ")} <= names
 
 
 def test_a_quick_plan_runs_the_same_stages(tmp_path):
@@ -346,13 +404,16 @@ def test_the_page_is_drawn_from_the_numbers(tmp_path):
     folder.mkdir()
     numbers = {
         "space-0-rae": {"psnr": 12.345, "probe": 0.8}, f"space-0-{plan.PS_VAE}": {"psnr": 23.456, "probe": 0.7},
-        "generator-rae-0": {"curve": {"5": {"frechet": 7.25, "class_accuracy": 0.5}}},
+        **{
+            f"generator-{name}-0": {"curve": {"5": {"frechet": frechet, "class_accuracy": 0.5}}}
+            for name, frechet in (("rae", 7.25), ("plain", 8.0), ("reals", 6.0))
+        },
     }  # fmt: skip
     for name, content in numbers.items():
-        (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3}))
+        (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3, "on": "CPU cores: 2"}))
     (tmp_path / "plan.json").write_text(json.dumps({"width": 128, "depth": 6, "precision": "bf16"}))
     page = report.write(folder, tmp_path, tmp_path / "docs").read_text()
-    for shown in ("12.35", "23.46", "7.25", "0.1 hours", "not measured"):
+    for shown in ("12.35", "23.46", "7.25", "0.2 hours (CPU cores: 2)", "not measured", "8.00 | 6.00 | -25 %"):
         assert shown in page, shown
     assert json.loads((tmp_path / "docs" / "reproduction.json").read_text())["stages"]["space-0-rae"]["psnr"] == 12.345
     assert (tmp_path / "docs" / "images" / "reproduction_generation.png").stat().st_size > 5000
@@ -366,8 +427,10 @@ def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
     data = parquet(tmp_path, ("img", "label"), (32,) * 24)
     monkeypatch.setattr(run, "WHOLE", tiny)
     options = run.Options(data, output=tmp_path / "out", precision="fp32", only="encoder")
-    monkeypatch.setattr(report, "write", lambda *a: tmp_path)
+    drawn = []
+    monkeypatch.setattr(report, "write", lambda *places: drawn.append(places[-1]) or tmp_path)
     run.main(options)
+    assert drawn == [tmp_path / "out"]  # docs/ is for whole runs
     assert json.loads((tmp_path / "out" / "results" / "encoder.json").read_text())["parameters_m"] > 0
     assert "encoder: probe" in capsys.readouterr().out
     run.main(options)
@@ -378,3 +441,35 @@ def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
         run.main(replace(options, data=None))
     with pytest.raises(SystemExit, match="wanted bf16 or fp32"):
         run.main(replace(options, precision="fp16"))
+
+
+def test_one_failing_stage_stops_no_other(tmp_path, monkeypatch, capsys):
+    def broken(_):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(run.cifar, "load", lambda *_: (split(2), split(2)))
+    monkeypatch.setattr(run, "stages", lambda _: iter([("first", broken), ("second", lambda _: {"answer": 42})]))
+    options = run.Options(tmp_path, output=tmp_path / "out", quick=True)
+    with pytest.raises(SystemExit, match="1 stages failed, see above: first; the same command tries them again"):
+        run.main(options)
+    assert "ValueError: no luck" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "quick" / "results" / "second.json").read_text())["answer"] == 42
+    assert (tmp_path / "out" / "quick" / "reproduction.md").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_path_in_bf16(tmp_path, monkeypatch):
+    sizes = replace(plan.Plan().sizes, width=32, layers=1, head_width=32, samples=20, updates=2, pictures=50)
+    tiny = replace(
+        plan.WHOLE, width=64, depth=3, encoder_small_steps=2, encoder_steps=2, encoder_batch=8, judge_width=4,
+        judge_steps=2, judge_batch=8, space_steps=4, space_batch=4, ablation_steps=4, generator_steps=6,
+        generator_batch=4, probe_pictures=100, toy_steps=10, sizes=sizes,
+    )  # fmt: skip
+    monkeypatch.setattr(run, "QUICK", tiny)
+    monkeypatch.setattr(run.cifar, "load", lambda *_: (split(120), split(60, 1)))
+    run.main(run.Options(tmp_path, output=tmp_path / "out", quick=True))
+    page = (tmp_path / "out" / "quick" / "reproduction.md").read_text()
+    assert "not measured" not in page
+    assert "| · | · |" not in page.split("## Does each")[1]
+    for image in ("channels", "generation", "made_rae"):
+        assert (tmp_path / "out" / "quick" / "images" / f"reproduction_{image}.png").exists()
