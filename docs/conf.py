@@ -22,7 +22,7 @@ version = release = psvae.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "shown_files", "names"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "examples/**.md"]
+include_patterns = ["*.md", "docs/**", "examples/**.md", "reproduction/README.md"]
 exclude_patterns = [".*", "**/.*", "benchmarks", "docs/_build", "outputs", "psvae", "tests"]
 
 html_theme = "furo"

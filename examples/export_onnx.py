@@ -27,6 +27,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -305,7 +306,9 @@ def trace(part: Part, options: Options) -> tuple[ExportedProgram, str, list[Size
             program = torch.export.export(part, part.example(size, generator), dynamic_shapes=shapes, strict=False)
             inputs = part.example(turned, generator)
             found = differences(part, program.module()(*inputs), part(*inputs))
-        except (torch._dynamo.exc.UserError, AssertionError, RuntimeError):
+        except (torch._dynamo.exc.UserError, AssertionError, RuntimeError) as error:
+            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            print(f"with {', '.join(FREE[letter] for letter in letters)} free: {said}", file=sys.stderr)
             continue
         if any(not share <= options.tolerance for _, _, share in found):  # constant, and torch.export did not say so
             continue
