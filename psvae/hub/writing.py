@@ -87,7 +87,7 @@ def write_file(path: Path, state: Mapping[str, Tensor]) -> None:
         CheckpointError: it could not be written, or the weights are sharded (FSDP); an older file is as it was.
     """
     tensors = _plain(state)
-    _replace(path, lambda staged: save_file(tensors, staged, metadata={"format": "pt"}))
+    _replace(path, lambda staged: _save(tensors, staged))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -145,11 +145,18 @@ def _stage_weights(
         token = uuid.uuid4().hex[:8]
         names = {name: name.replace(f"{stem}-", f"{stem}-{token}-") for name in names}
     for name, keys in plan.filename_to_tensors.items():
-        save_file({key: tensors[key] for key in keys}, staging / names[name], metadata={"format": "pt"})
+        _save({key: tensors[key] for key in keys}, staging / names[name])
     if plan.is_sharded:
         weight_map = {key: names[name] for key, name in plan.tensor_to_filename.items()}
         index = {"metadata": plan.metadata, "weight_map": weight_map}
         (staging / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # of any new file; safetensors 0.8 leaves one that its owner alone may read
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def _weights_in(folder: Path, stem: str) -> set[str]:
