@@ -870,7 +870,10 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
         ({"path": "labelled/class0"}, r"has 0 subfolders with pictures and 3 .*: wanted one subfolder per class"),
         ({"path": "one"}, r"has 1 subfolders with pictures and 0 pictures beside them"),
         ({"path": "beside"}, r"has 2 subfolders with pictures and 1 pictures beside them"),
-        ({"path": "nowhere"}, r"there is no folder \S+/nowhere; .*; or --sit-steps 0"),
+        (
+            {"path": "nowhere"},
+            r"no folder \S+/nowhere; wanted .*; a SiT learns classes, from one subfolder each; or --sit-steps 0",
+        ),
         (
             {"path": "labelled", "kind": "webdataset"},
             r"--data.kind is webdataset: pass such a folder, or --sit-steps 0",
