@@ -79,9 +79,11 @@ class Options:
     allow_pickle: bool = False
     """Of `--vae`: the files of VA-VAE and REPA-E are pickles, read with PyTorch's restricted unpickler."""
     teacher: str = "vit_base_patch14_dinov2.lvd142m"
-    """A timm name (its published weights), or a folder of psvae, timm or transformers. The paper says DINOv2, its size
-    is open; REPA's. Open too is the mean and std of the picture that it sees: its own, REPA-E's. A folder's config.json
-    may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in [-1, 1]."""
+    """A timm name (its published weights), or a folder of psvae, timm or transformers. Without a connection the Hub's
+    client tries for about a minute before a name is refused; with HF_HUB_OFFLINE=1 it is in the cache or refused at
+    once. The paper says DINOv2, its size is open; REPA's. Open too is the mean and std of the picture that it sees: its
+    own, REPA-E's. A folder's config.json may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in
+    [-1, 1]."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
     """What cells and pooled latents are aligned with, before or after the teacher's final norm; open. Segmentation
     heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens. The final norm of a psvae
