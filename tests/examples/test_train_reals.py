@@ -197,14 +197,20 @@ def test_a_finished_run_is_not_taken_for_one_of_other_options(world, unbroken, t
     assert train(world, one, resume=True, steps=8, mse=0.5) == numbers
 
 
-def test_a_finished_run_goes_on_for_more_steps(world, unbroken, tmp_path, capsys):
-    """From its newest checkpoint: to the bit what so many steps would have been, and killed on the way no finished
-    run."""
+def test_a_finished_run_goes_on_for_more_steps(world, unbroken, tmp_path, capsys, monkeypatch):
+    """From its newest checkpoint: to the bit what so many steps would have been, and no finished run until then."""
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     wanted = train(world, whole, steps=8)
     shutil.copytree(unbroken[0], longer)
-    (longer / "vae" / "mean_std.json").write_text("{}")
     capsys.readouterr()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_reals.Training, "train_step", interrupted)
+        train(world, longer, resume=True, steps=8)
+    assert not (longer / "metrics.json").exists()
     assert train(world, longer, resume=True, steps=8) == wanted
     said = capsys.readouterr().out
     assert "goes on with other options: " in said
