@@ -81,14 +81,14 @@ class Images(Dataset):
     """(place, image 3 H W in [-1, 1], label) by place; why it cannot be read instead of the image, where that is so.
 
     Args:
-        split: what the option is called, for messages.
+        otherwise: what to do where there is no folder of images, for messages.
 
     Attributes:
         names: of the images, in order: a place is one's index here. `resume` makes it the list of the first run.
         left_out: places of images that were removed since, or of rows that cannot be read.
     """
 
-    def __init__(self, options: Options, split: str = "--split") -> None:
+    def __init__(self, options: Options, otherwise: str = "for a Hugging Face dataset name its --split") -> None:
         self.transform = center_transform(options.size)
         self.table: Any = None
         self.left_out: set[int] = set()
@@ -97,7 +97,7 @@ class Images(Dataset):
             self.table = open_images(options)
             self.follow([str(place) for place in range(len(self.table))])
             return
-        files = image_files(self.root, f"for a Hugging Face dataset name its {split}")
+        files = image_files(self.root, otherwise)
         self.follow(sorted(path.relative_to(self.root).as_posix() for path in files))
 
     def follow(self, names: list[str]) -> None:

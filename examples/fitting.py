@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from data import IMAGE_ENDINGS, UNREADABLE, center_transform, read_image
+from data import UNREADABLE, center_transform, image_files, read_image
 from heads import SegmentationHead, fit_segmentation_head
 from PIL import Image
 from torch import Tensor
@@ -34,12 +34,10 @@ class Labelled(Dataset):
     def __init__(self, folder: Path, size: int, classes: int | None = None, ignore: int = 255) -> None:
         self.folder = folder
         images, masks = (by_name(folder / part) for part in ("images", "masks"))
-        odd = sorted(set(images) ^ set(masks))
-        if odd or not images:
-            names = f"; without a partner: {', '.join(odd[:5])}{' and more' * (len(odd) > 5)}" if odd else ""
+        if odd := sorted(set(images) ^ set(masks)):
             raise SystemExit(
-                f"{folder} has {len(images)} pictures in images/ and {len(masks)} in masks/{names}; wanted both, of "
-                "the same names"
+                f"{folder} has {len(images)} pictures in images/ and {len(masks)} in masks/; without a partner: "
+                f"{', '.join(odd[:5])}{' and more' * (len(odd) > 5)}; wanted both, of the same names"
             )
         self.pairs, self.ignore = [(images[name], masks[name]) for name in images], ignore
         largest = [self._largest(*pair, classes) for pair in self.pairs]  # all, before a run that one would stop
@@ -78,8 +76,13 @@ class Labelled(Dataset):
 
 
 def by_name(folder: Path) -> dict[str, Path]:
-    """The pictures below a folder, by their relative paths without the ending, in order."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    """The pictures below a folder, by their relative paths without the ending, in order.
+
+    Raises:
+        SystemExit: there is no such folder, or nothing in it.
+    """
+    folder = folder.absolute()
+    files = sorted(image_files(folder, "labelled pictures are a folder of images/ and masks/ of the same names"))
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in files}
 
 

@@ -102,7 +102,8 @@ def check_labelled(folder: Path, size: int) -> None:
     Raises:
         SystemExit: its pictures do not lie in one subfolder per class.
     """
-    names = Images(cache_latents.Options("", str(folder), Path(), size=size)).names
+    otherwise = "a SiT learns classes, from one subfolder each"
+    names = Images(cache_latents.Options("", str(folder), Path(), size=size), otherwise).names
     classes, beside = {name.partition("/")[0] for name in names if "/" in name}, sum("/" not in name for name in names)
     if len(classes) < 2 or beside:
         raise SystemExit(

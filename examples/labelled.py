@@ -97,7 +97,8 @@ class Pictures(Dataset):
     def __init__(self, options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> None:
         self.options, self.seed = options, seed
         where = {"split": options.split, "image_column": options.image_column, "label_column": options.label_column}
-        self.images = Images(ImageOptions("", options.path, Path(), size=options.size, **where), "--data.split")
+        chosen = ImageOptions("", options.path, Path(), size=options.size, **where)
+        self.images = Images(chosen, "for a Hugging Face dataset name its --data.split")
         with plain_errors():
             self.shape = latent_shape(vae, options.size)
         found = (self.images[place][1] for place in range(len(self.images)))  # read up to the first that can be

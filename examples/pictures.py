@@ -3,12 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
 from psvae.losses import cosine_similarity_map
+
+
+def save_grid(pictures: np.ndarray, path: Path, columns: int = 8) -> None:
+    """``N H W 3``, uint8, in rows of so many, as a PNG whatever the path's ending."""
+    save_image(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255, path, nrow=columns, format="PNG")
 
 
 @torch.no_grad()

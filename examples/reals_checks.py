@@ -59,7 +59,7 @@ def check(options: Any) -> None:
         )
     refuse_small_pictures(options)
     for one in runs_of(options).values() if options.kl else [options]:
-        refuse_another_training(one)
+        refuse_another_training(one, longer=not options.kl)
         if not aligns(weights):
             refuse_to_pair(one)
 
@@ -79,22 +79,56 @@ def refuse_small_pictures(options: Any) -> None:
             raise SystemExit(f"{said}, and {whose} needs {least}: pass --losses.{term} 0, or a larger --data.size")
 
 
-def refuse_another_training(options: Any) -> None:
+def refuse_another_training(options: Any, longer: bool) -> None:
     """Before ``--resume`` takes a finished run for what was asked for.
 
+    Args:
+        longer: more steps than it had may be asked for.
+
     Raises:
-        SystemExit: it was trained by other options.
+        SystemExit: it was trained by other options, or cannot go on.
     """
-    file = options.output / "options.json"
-    if not (options.resume and (options.output / "metrics.json").exists() and file.exists()):
-        return
-    before = by_name(json.loads(file.read_text(encoding="utf-8")))
+    before = finished_by(options)
     asked = by_name(json.loads(json.dumps(asdict(options), default=str)))
     decisive = {name: value for name, value in asked.items() if name in before and name not in FREE}
-    if difference := changed(before, decisive):
+    if longer and not changed(before, {**decisive, "steps": before.get("steps")}) and asks_for_more(options):
+        refuse_to_go_on(options, before["steps"])
+    elif difference := changed(before, decisive):
         raise SystemExit(
-            f"{options.output} holds a finished run of other options ({difference}); wanted the same: or pass another "
-            "--output"
+            f"{options.output} holds a finished run of other options ({difference}); wanted the same"
+            f"{', or more --steps alone' * longer}: or pass another --output"
+        )
+
+
+def finished_by(options: Any) -> dict[str, Any]:
+    """The options of the finished run that ``--resume`` finds, by name; empty where there is none that tells them."""
+    file = options.output / "options.json"
+    if not (options.resume and (options.output / "metrics.json").exists() and file.exists()):
+        return {}
+    return by_name(json.loads(file.read_text(encoding="utf-8")))
+
+
+def asks_for_more(options: Any) -> bool:
+    """Whether ``--resume`` finds a finished run of fewer steps."""
+    return finished_by(options).get("steps", options.steps) < options.steps
+
+
+def refuse_to_go_on(options: Any, steps: int) -> None:
+    """Before a finished run is trained from its first step again, or under a generator that has learnt its latents.
+
+    Raises:
+        SystemExit: no checkpoint is left, or such a generator lies there.
+    """
+    said = f"{options.output} holds a finished run of {steps} steps, and {options.steps} were asked for"
+    if not any((options.output / "checkpoints").glob("step*")):
+        raise SystemExit(
+            f"{said}, but it left no checkpoint to go on from, as where --checkpoint-every is not below the steps: "
+            f"wanted another --output, and --vae {options.output / 'vae'} to start from its VAE"
+        )
+    if generators := sorted(path.name for path in options.output.glob("sit*px-seed*")):
+        raise SystemExit(
+            f"{said}, but {generators[0]}/ there was trained in its latents, which would be others: wanted another "
+            f"--output, or delete {generators[0]}/ first"
         )
 
 

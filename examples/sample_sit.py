@@ -8,8 +8,8 @@
 
 Noise and class of a picture depend on the seed and its number alone, and pictures are made in the same batches by
 however many processes. A killed run goes on by the same command; with other options or weights it is refused.
-`output.npz` holds all (arr_0, uint8 N H W 3), and `output-latents.npz` what they are decoded from; the folder `output`
-holds the batches that both are made of, and may be removed afterwards.
+`output.npz` holds all (arr_0, uint8 N H W 3), `output.png` the first to look at, and `output-latents.npz` what they are
+decoded from; the folder `output` holds the batches that all are made of, and may be removed afterwards.
 """
 
 import math
@@ -26,6 +26,7 @@ import tyro
 from accelerate import Accelerator
 from checkpoints import write_whole
 from diffusers import DiTTransformer2DModel
+from pictures import save_grid
 from sampling import claim, decode, generator_of, load_vae, measured, plain_errors, refuse_smaller
 from sit import STATISTICS, check_classes, check_latents, guided_velocity, load_sit
 from torch import Tensor
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from psvae import flow
 
 Solver = Literal["sde", "euler", "heun"]
+SHOWN = 32  # pictures of the grid
 LEAST = {0: ("diffusion",), 1: ("count", "batch_size", "steps")}
 
 
@@ -47,7 +49,8 @@ class Options:
     """Folder or Hub id of the PSVAE or PixelVAE that it was trained on, or of one with the same encoder and another
     decoder."""
     output: Path = Path("outputs/sit-samples")
-    """Writes `output.npz`, and beside it `output.json` with these options; batches go into the folder `output`."""
+    """Writes `output.npz`, and beside it `output.png`, a grid of the first pictures, and `output.json` with these
+    options; batches go into the folder `output`."""
     count: int = 50_000
     classes: tuple[int, ...] | None = None
     """These, in turn. None: drawn from all, as in sample_ddp.py."""
@@ -232,7 +235,13 @@ def main(options: Options) -> None:
         write_npz(files, whole, "arr_0")
         if options.save_latents:
             write_npz(beside, options.output.with_name(f"{options.output.name}-latents.npz"), "latents")
-        print(f"{options.count} pictures, {len(waiting)} of {len(files)} batches made now: {whole}")
+        grid = options.output.with_name(f"{options.output.name}.png")
+        shown = np.concatenate([np.load(file) for file in files[: math.ceil(SHOWN / options.batch_size)]])[:SHOWN]
+        write_whole(grid, lambda partial: save_grid(shown, partial))
+        print(
+            f"{options.count} pictures, {len(waiting)} of {len(files)} batches made now: {whole}; the first "
+            f"{len(shown)} to look at: {grid}"
+        )
 
 
 def save_array(array: np.ndarray, file: Path) -> None:

@@ -77,7 +77,7 @@ class TrainingOptions:
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.9999
-    """Decay of the averaged weights, which are the ones saved; the paper's. 0 for none."""
+    """Decay of the averaged weights, which are the ones saved, warmed up as LDM's; the paper's. 0 for none."""
     drop_text: float = 0.1
     """Share of items trained without their text, for guidance; not stated by the paper, BAGEL's."""
     drop_source: float = 0.3

@@ -46,7 +46,7 @@ from equivariance import Turn
 from kl_sweep import measured_sweep
 from measures import load_lpips, measure_aligned
 from pictures import save_samples
-from reals_checks import check
+from reals_checks import asks_for_more, check
 from reals_losses import LossOptions, Output, aligns, seen_by, targets_of, training_terms
 from reals_models import build_alignment, build_teacher, build_vae
 from sampling import generator_of, plain_errors
@@ -79,9 +79,11 @@ class Options:
     allow_pickle: bool = False
     """Of `--vae`: the files of VA-VAE and REPA-E are pickles, read with PyTorch's restricted unpickler."""
     teacher: str = "vit_base_patch14_dinov2.lvd142m"
-    """A timm name (its published weights), or a folder of psvae, timm or transformers. The paper says DINOv2, its size
-    is open; REPA's. Open too is the mean and std of the picture that it sees: its own, REPA-E's. A folder's config.json
-    may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in [-1, 1]."""
+    """A timm name (its published weights), or a folder of psvae, timm or transformers. Without a connection the Hub's
+    client tries for about a minute before a name is refused; with HF_HUB_OFFLINE=1 it is in the cache or refused at
+    once. The paper says DINOv2, its size is open; REPA's. Open too is the mean and std of the picture that it sees: its
+    own, REPA-E's. A folder's config.json may have others in `mean` and `std`: with VA-VAE's, 0.5, the picture stays in
+    [-1, 1]."""
     teacher_features: Literal["normed", "pre_norm"] = "normed"
     """What cells and pooled latents are aligned with, before or after the teacher's final norm; open. Segmentation
     heads of DINOv2 read normed patch tokens, its depth heads pre-norm patch and CLS tokens. The final norm of a psvae
@@ -123,7 +125,7 @@ class Options:
     """Of what is trained; open, ours (VA-VAE: fp32). fp16 without the adversary only. The teacher is always in bf16."""
     seed: int = 0
     resume: bool = False
-    """Continue from the newest checkpoint below the output."""
+    """Continue from the newest checkpoint below the output; a finished run too, where more --steps are asked for."""
     log_every: int = 50
     sample_every: int = 2000
     """Sample grids, and the validation measures into the log."""
@@ -203,17 +205,17 @@ class Training:
 
     def run(self) -> dict[str, float]:
         options, accelerator = self.options, self.accelerator
-        if options.resume and self.done.exists():
+        if options.resume and self.done.exists() and not asks_for_more(options):
             accelerator.print(f"{options.output} is trained already")
             return json.loads(self.done.read_text(encoding="utf-8"))
         self.build()
         self.step = first_step(accelerator, self.checkpoints, options.steps)
+        if accelerator.is_main_process:
+            self.done.unlink(missing_ok=True)  # of fewer steps or an earlier run: a later --resume must not take it
         write_options(accelerator, options.output, options)
         if self.step:
             accelerator.print(f"continues from step {self.step}")
             self.unreadable = read_names(options.output / "unreadable.txt")
-        elif accelerator.is_main_process:
-            self.done.unlink(missing_ok=True)  # of an earlier run: a later --resume must not take it for this one's
         stream = batches(
             options.data, options.batch_size, options.seed, accelerator.process_index, accelerator.num_processes,
             start=self.step * options.accumulate,

@@ -91,7 +91,7 @@ class Options:
     clip: float | None = None
     """Largest gradient norm; 0 or None: not clipped, as SiT. REPA and LightningDiT: 1."""
     ema: float = 0.9999
-    """Decay of the averaged weights, which are the ones saved. 0 for none."""
+    """Decay of the averaged weights, which are the ones saved, warmed up as LDM's. 0 for none."""
     drop_label: float = 0.1
     """Share of items trained without their class, for guidance."""
     noise: Literal["uniform", "logit-normal"] = "uniform"

@@ -111,7 +111,7 @@ class Options:
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are the ones saved; 0 for none."""
+    """Decay of the averaged weights, which are the ones saved, warmed up as LDM's; 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "bf16"
     """`auto` times one step in fp32 and in bf16 and takes the faster."""
     gradient_checkpointing: bool = False

@@ -18,13 +18,15 @@ from psvae.errors import CheckpointError, CheckpointWarning, ConfigError, PSVAEE
 from psvae.hub.formats import Format, same
 from psvae.hub.mixin import HubMixin, build_empty, recognise
 from psvae.hub.reading import Checkpoint
-from psvae.hub.source import Source
+from psvae.hub.source import CONFIG, Source
+from psvae.hub.statistics import MEAN_STD, read_statistics
 from psvae.hub.writing import write_text
 
 __all__ = ["main"]
 
 Target = Literal["psvae", "diffusers", "ldm", "timm", "transformers"]
 WITH_FOREIGN_FORMATS = ("PixelVAE", "PSVAE", "SemanticEncoder", "ViTPixelDecoder")
+WITH_LATENTS = ("PSVAE", "PixelVAE")
 Positional = tyro.conf.Positional
 
 
@@ -80,6 +82,9 @@ def inspect(
             _say(name, getattr(config, name))
     statistics = {name: shape for name, shape in header.items() if name.split(".")[-1].strip("_") in _STATISTICS}
     _say("statistics", ", ".join(f"{name} {shape}" for name, shape in statistics.items()) or "none in the file")
+    measured, unfit = _measured(checkpoint.source) if cls.__name__ in WITH_LATENTS else (None, None)
+    if measured is not None:
+        _say(MEAN_STD, measured)
     _say("licence", _licence(checkpoint.source))
     try:
         expected = build_empty(cls, config, checkpoint).state_dict()
@@ -97,8 +102,8 @@ def inspect(
     except CheckpointError as problem:
         _say("problems", problem)
         return 1
-    _say("problems", "none")
-    return 0
+    _say("problems", unfit or "none")
+    return 0 if unfit is None else 1
 
 
 _STATISTICS = ("mean", "std", "latents_mean", "latents_std")
@@ -279,7 +284,7 @@ def _load_vae(model: str, where: Location, device: str) -> Any:
     """A PSVAE or a PixelVAE."""
     _check_device(device)
     cls, _ = _recognise(where.open(model))
-    if cls.__name__ not in ("PSVAE", "PixelVAE"):
+    if cls.__name__ not in WITH_LATENTS:
         raise ConfigError(f"{model} holds a {cls.__name__}; wanted a PSVAE or a PixelVAE")
     return cls.from_pretrained(model, device=device, **asdict(where))
 
@@ -328,6 +333,27 @@ def _recognise(checkpoint: Checkpoint) -> tuple[type[HubMixin], Format | None]:
         f"{checkpoint.source} is of no layout that psvae reads (names like {some}); it reads its own and: "
         + ", ".join(known)
     )
+
+
+def _measured(source: Source) -> tuple[str, str | None]:
+    """What ReaLS' file of statistics beside the weights says, and what is wrong with it or without it."""
+    file = source.find(MEAN_STD)
+    if file is not None:
+        try:
+            _, mean, std = read_statistics(file)
+        except CheckpointError as error:
+            return "cannot be used", str(error)
+        return f"mean {mean.item():g}, std {std.item():g}: what a generator's latents go by", None
+    if MEAN_STD in source.unseen:
+        return "not in the local cache, and the Hub cannot be reached", None
+    weights = None if source.folder is None else (source.folder / source.subfolder).absolute()
+    if weights is not None and weights.name == "vae" and (weights.parent / "alignment" / CONFIG).is_file():
+        return "none", (
+            f"{weights} lies beside alignment/, as of ReaLS, and has no {MEAN_STD}, without which load_reals refuses "
+            "both: copy the file from where the folder came from, or measure it with "
+            "psvae.fit_latent_statistics(vae, batches) and save both again with save_reals"
+        )
+    return "none beside the weights", None
 
 
 def _licence(source: Source) -> str:

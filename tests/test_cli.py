@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 import psvae
 from psvae import PSVAE, PixelVAE
 from psvae.cli import main
+from tests.alignment.test_alignment_net import tiny_net
 from tests.base import assert_same_state
-from tests.tiny import fill_weights, tiny_pixel_vae, tiny_pixel_vae_config, tiny_psvae
+from tests.tiny import fill_weights, tiny_encoder, tiny_pixel_vae, tiny_pixel_vae_config, tiny_psvae
 
 
 @pytest.fixture
@@ -59,6 +60,46 @@ def test_inspect_finds_problems(kl, capsys):
     save_file(state, path)
     assert main(["inspect", str(kl)]) == 1
     assert "1 missing: quant_conv.bias" in capsys.readouterr().out
+
+
+WELL, WRONG = "problems:                   none", "problems:                   "
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        ('{"mean": 0.5, "std": 2}', 0, ["mean_std.json:              mean 0.5, std 2: what a generator's", WELL]),
+        ('{"mean": [1, 2], "std": 2}', 1, ["cannot be used", f"{WRONG}/", "mean_std.json holds {'mean': [1, 2]"]),
+        (None, 0, ["mean_std.json:              none beside the weights", WELL]),
+    ],
+)
+def test_inspect_says_whether_reals_statistics_are_there(kl, capsys, content, code, said):
+    if content is not None:
+        (kl / "mean_std.json").write_text(content)
+    assert main(["inspect", str(kl)]) == code
+    shown = capsys.readouterr().out
+    assert [line for line in said if line not in shown] == []
+
+
+@pytest.mark.parametrize(
+    "how", ["{root}/vae", "{root}/vae/diffusion_pytorch_model.safetensors", "{root} --subfolder vae"]
+)
+def test_inspect_misses_the_statistics_of_a_reals_folder(tmp_path, capsys, how):
+    vae = fill_weights(tiny_pixel_vae())
+    vae.latent_spec.std.fill_(2.0)
+    psvae.save_reals(tmp_path, vae, tiny_net())
+    words = ["inspect", *how.format(root=tmp_path).split()]
+    assert main(words) == 0
+    assert "mean_std.json:              mean 0, std 2: what a generator's" in capsys.readouterr().out
+    (tmp_path / "vae" / "mean_std.json").unlink()
+    assert main(words) == 1
+    assert f"{WRONG}{tmp_path}/vae lies beside alignment/, as of ReaLS, and has no mean_std" in capsys.readouterr().out
+
+
+def test_inspect_looks_for_no_statistics_where_there_are_no_latents(tmp_path, capsys):
+    tiny_encoder().save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "mean_std.json" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["psvae", "diffusers"])

@@ -1,7 +1,9 @@
 """Latent statistics as other projects keep them, read into a `LatentSpec`."""
 
 import json
+import math
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,14 +138,29 @@ def write_mean_std(spec: LatentSpec, file: str | os.PathLike[str]) -> tuple[floa
 
 def _mean_std(path: Path) -> tuple[Tensor, Tensor]:
     """ReaLS' two numbers, each ``1 1 1``."""
+    wanted = (
+        'wanted {"mean": number, "std": number}, one each for all channels, finite in float32 and std above 0: fetch '
+        "the file again from where the weights came from, or measure it with psvae.fit_latent_statistics(vae, batches) "
+        "and psvae.save_reals"
+    )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = (torch.tensor(float(content[name])).view(1, 1, 1) for name in ("mean", "std"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f'{path} is not ReaLS\' {{"mean": number, "std": number}}: {error!r}') from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON that can be read ({error}); {wanted}") from error
+    found = content if isinstance(content, dict) else {}
+    mean, std = (_number(found.get(name)) for name in ("mean", "std"))
     if not mean.isfinite() or not std.isfinite() or std <= 0:
-        raise CheckpointError(f"{path} has mean {mean.item()} and std {std.item()}; wanted finite numbers, std above 0")
+        raise CheckpointError(f"{path} holds {reprlib.repr(content)}; {wanted}")
     return mean, std
+
+
+def _number(value: Any) -> Tensor:
+    """``1 1 1`` in fp32, of all that float() takes, as the authors read it; NaN of the rest."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    return torch.tensor(number).view(1, 1, 1)
 
 
 def _load(path: Path, allow_pickle: bool) -> Mapping[str, Any]:

@@ -241,17 +241,34 @@ def test_statistics_that_cannot_be_looked_for(folder, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", r"is not ReaLS'"),
-        ('{"mean": 0.1}', r"is not ReaLS'.*std"),
-        ('{"mean": [0.1, 0.2], "std": 1.0}', r"is not ReaLS'"),
-        ('{"mean": 0.1, "std": 0.0}', r"std above 0"),
-        ('{"mean": NaN, "std": 1.0}', r"wanted finite numbers"),
+        ("{", r"is not JSON that can be read \(Expecting"),
+        ("", r"is not JSON that can be read"),
+        ("[0.1, 1.0]", r"holds \[0.1, 1.0\]"),
+        ('{"mean": 0.1}', r"holds {'mean': 0.1}"),
+        ('{"mean": [0.1, 0.2], "std": 1.0}', r"holds {'mean': \[0.1, 0.2\], 'std': 1.0}"),
+        ('{"mean": [0.1], "std": [1.0]}', r"holds {'mean': \[0.1\], 'std': \[1.0\]}"),
+        ('{"mean": "0.1", "std": "one"}', r"holds {'mean': '0.1', 'std': 'one'}"),
+        ('{"mean": 0.1, "std": true}', r"holds {'mean': 0.1, 'std': True}"),
+        ('{"mean": null, "std": 1.0}', r"holds {'mean': None, 'std': 1.0}"),
+        ('{"mean": 0.1, "std": 0.0}', r"holds {'mean': 0.1, 'std': 0.0}"),
+        ('{"mean": 0.1, "std": -2.0}', r"holds .*'std': -2.0}"),
+        ('{"mean": 0.1, "std": 1e-50}', r"holds .*'std': 1e-50}"),
+        ('{"mean": NaN, "std": 1.0}', r"holds {'mean': nan, 'std': 1.0}"),
+        ('{"mean": 0.1, "std": Infinity}', r"holds .*'std': inf}"),
+        (f'{{"mean": 0.1, "std": 1{"0" * 400}}}', r"holds .*'std': 1000"),
     ],
+    ids=range(15),
 )
 def test_bad_statistics(folder, content, said):
+    """What came, what was wanted and what to do, of each."""
     (folder / "vae" / "mean_std.json").write_text(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=rf"mean_std.json {said}.*; wanted {{.*: fetch .*fit_latent_statistics"):
         load_reals(folder)
+
+
+def test_whole_numbers_are_statistics(folder):
+    (folder / "vae" / "mean_std.json").write_text('{"mean": 0, "std": 2, "of": "elsewhere"}')
+    assert load_reals(folder).vae.latent_spec.std.eq(2).all()
 
 
 def test_parts_of_two_models_are_refused(pair, folder, tmp_path):

@@ -451,8 +451,13 @@ def test_masks_are_cut_as_their_pictures_are(fitting, tmp_path):
         ({"segmentation": "seg.safetensors", "input": "narrow.npz"}, r"shape \(2, 8, 4\); wanted 4 axes"),
         ({"segmentation": "seg.safetensors", "fit-head": "labelled"}, "wanted one of them"),
         ({"segmentation": "seg.safetensors", "input": "broken_images/images/00.png"}, r"none of .*00\.png can be read"),
-        ({"fit-head": "labelled/images"}, r"has 0 pictures in images/ and 0 in masks/; wanted both"),
-        ({"fit-head": "no_masks"}, r"1 pictures in images/ and 0 in masks/; without a partner: 00"),
+        (
+            {"fit-head": "labelled/images"},
+            r"there is no folder /\S+/labelled/images/images; wanted .* and masks/ of the",
+        ),
+        ({"fit-head": "no_masks"}, r"there is no folder /\S+/no_masks/masks; wanted a folder of images; labelled pic"),
+        ({"fit-head": "texts"}, r" /\S+/texts/images holds no images \(.bmp, .*\); labelled pictures are a folder of"),
+        ({"fit-head": "odd"}, r"has 1 pictures in images/ and 1 in masks/; without a partner: 00, 01; wanted both, of"),
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),
         ({"fit-head": "broken_images"}, r"images/00\.png cannot be read: "),
         ({"fit-head": "broken_masks"}, r"masks/00\.png cannot be read: "),
@@ -482,7 +487,11 @@ def test_bad_input(downstream, world, tmp_path, more, said):
             shutil.copy(world / "labelled" / "images" / "00.png", world / folder / "images")
             if masks:
                 shutil.copytree(world / folder / "images", world / folder / "masks")
-        for part in ("images", "masks"):
+        (world / "texts" / "images").mkdir(parents=True)
+        (world / "texts" / "images" / "00.txt").touch()
+        for part, name in (("images", "00.png"), ("masks", "01.png")):
+            (world / "odd" / part).mkdir(parents=True)
+            shutil.copy(world / "labelled" / part / name, world / "odd" / part)
             shutil.copytree(world / "labelled", world / f"broken_{part}")
             file = world / f"broken_{part}" / part / "00.png"
             file.write_bytes(file.read_bytes()[:-60])  # its size can still be read

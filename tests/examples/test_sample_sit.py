@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models import modeling_utils
+from PIL import Image
 
 from psvae import flow
 from tests.base import assert_close, assert_equal
@@ -56,6 +57,21 @@ def test_the_npz_is_what_adm_reads_whoever_makes_it(world, tmp_path):
     assert (tmp_path / "alone" / "0000000.npy").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match=r"holds pictures of another run.*\(seed: 0 before, 1 now\)"):
         sample(world, tmp_path / "alone", seed=1)
+
+
+def test_the_first_pictures_are_shown(world, tmp_path, capsys, monkeypatch):
+    """In order, eight to a row, also where a batch holds more."""
+    monkeypatch.setattr(sample_sit, "SHOWN", 9)
+    made = sample(world, tmp_path / "v1.5", count=11, steps=2)
+    assert f"the first 9 to look at: {tmp_path}/v1.5.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "v1.5.png") as picture:
+        grid, step = np.asarray(picture), SIZE + 2  # pixels between pictures
+    assert grid.shape == (2 * step + 2, 8 * step + 2, 3)
+    cells = [
+        grid[row : row + SIZE, column : column + SIZE] for row in (2, step + 2) for column in range(2, 8 * step, step)
+    ]
+    assert np.array_equal(cells[:9], made[:9])
+    assert not np.any(cells[9:])
 
 
 def test_pictures_of_a_model_before_it_was_trained_further_are_no_others(world, tmp_path):

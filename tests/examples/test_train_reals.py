@@ -197,6 +197,52 @@ def test_a_finished_run_is_not_taken_for_one_of_other_options(world, unbroken, t
     assert train(world, one, resume=True, steps=8, mse=0.5) == numbers
 
 
+def test_a_finished_run_goes_on_for_more_steps(world, unbroken, tmp_path, capsys, monkeypatch):
+    """From its newest checkpoint: to the bit what so many steps would have been, and no finished run until then."""
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    wanted = train(world, whole, steps=8)
+    shutil.copytree(unbroken[0], longer)
+    capsys.readouterr()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_reals.Training, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(world, longer, resume=True, steps=8)
+    assert not (longer / "metrics.json").exists()
+    assert train(world, longer, resume=True, steps=8) == wanted
+    said = capsys.readouterr().out
+    assert "goes on with other options: " in said
+    assert "steps: 6 before, 8 now" in said
+    assert "continues from step 5" in said
+    assert_equal(weights(longer), weights(whole))
+    assert json.loads((longer / "metrics.json").read_text()) == wanted
+    load_reals(longer)
+    assert train(world, longer, resume=True, steps=8) == wanted
+    assert "is trained already" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_cannot_go_on_says_why(world, unbroken, tmp_path):
+    """With its weights left as they are."""
+    shutil.copytree(unbroken[0], tmp_path / "out")
+    before = weights(tmp_path / "out")
+
+    def refused(said, **changes):
+        with pytest.raises(SystemExit, match=said):
+            train(world, tmp_path / "out", resume=True, **changes)
+
+    refused(r"of other options \(steps: 6 before, 4 now\); wanted the same, or more --steps alone: or pass", steps=4)
+    (tmp_path / "out" / "sit1-32px-seed0").mkdir()
+    refused(r"run of 6 steps, and 8 were asked for, but sit1-32px-seed0/ there was trained in its latents", steps=8)
+    (tmp_path / "out" / "sit1-32px-seed0").rmdir()
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    refused(r"8 were asked for, but it left no checkpoint .*: wanted another --output, and --vae /\S+/vae to", steps=8)
+    assert (tmp_path / "out" / "metrics.json").exists()
+    assert_equal(weights(tmp_path / "out"), before)
+
+
 def test_another_vae_to_start_from(world, unbroken, tmp_path):
     """Here as diffusers writes SD's, whose scaling factor goes."""
     fill_weights(tiny_pixel_vae()).export_diffusers(tmp_path / "sd")
@@ -831,7 +877,10 @@ def test_a_sweep_measures_pictures_of_a_sit_in_each_space(world, tmp_path):
         ({"path": "labelled/class0"}, r"has 0 subfolders with pictures and 3 .*: wanted one subfolder per class"),
         ({"path": "one"}, r"has 1 subfolders with pictures and 0 pictures beside them"),
         ({"path": "beside"}, r"has 2 subfolders with pictures and 1 pictures beside them"),
-        ({"path": "nowhere"}, r"there is no folder \S+/nowhere; .*; or --sit-steps 0"),
+        (
+            {"path": "nowhere"},
+            r"no folder \S+/nowhere; wanted .*; a SiT learns classes, from one subfolder each; or --sit-steps 0",
+        ),
         (
             {"path": "labelled", "kind": "webdataset"},
             r"--data.kind is webdataset: pass such a folder, or --sit-steps 0",
