@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import psvae
-from psvae import PSVAE, CheckpointError, PixelDecoder
+from psvae import PSVAE, PixelDecoder
+from psvae.errors import CheckpointError
 from tests.tiny import tiny_psvae
 
 FOLDER = Path(psvae.__file__).parent / "models" / "psvae-tiny"

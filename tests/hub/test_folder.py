@@ -88,6 +88,13 @@ def test_saving_twice_into_shards_of_the_same_names(tmp_path: Path) -> None:
         assert values(PixelDecoder.from_pretrained(tmp_path)) == {value}
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_files_can_be_read_by_whom_any_new_file_can(tmp_path: Path, shard_size: str) -> None:
+    tiny_psvae().save_pretrained(tmp_path / "model", max_shard_size=shard_size)
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_other_files_are_kept(tmp_path: Path) -> None:
     kept = {"notes.txt": "mine", "optimizer.safetensors": "not weights of the model", "samples/0.txt": "deep"}
     for name, text in kept.items():
