@@ -456,7 +456,7 @@ def test_masks_are_cut_as_their_pictures_are(fitting, tmp_path):
             r"there is no folder /\S+/labelled/images/images; wanted .* and masks/ of the",
         ),
         ({"fit-head": "no_masks"}, r"there is no folder /\S+/no_masks/masks; wanted a folder of images; labelled pic"),
-        ({"fit-head": "texts"}, r" /\S+/texts/images holds no images \(.bmp, .*\); labelled pictures are a folder of"),
+        ({"fit-head": "texts"}, r"/\S+/texts/images holds no images \(.bmp, .*\); labelled pictures are a folder of"),
         ({"fit-head": "odd"}, r"has 1 pictures in images/ and 1 in masks/; without a partner: 00, 01; wanted both, of"),
         ({"fit-head": "coloured"}, "has colours .mode RGB.; wanted an index PNG"),
         ({"fit-head": "broken_images"}, r"images/00\.png cannot be read: "),
