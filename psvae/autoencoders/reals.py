@@ -1,6 +1,7 @@
 """ReaLS on the disk: a VAE that diffusers opens, the alignment network beside it, the statistics of its latents.
 
-- ``vae/``: ``config.json``, ``diffusion_pytorch_model.safetensors``, ``mean_std.json``, as in the authors' folder
+- ``vae/``: ``config.json``, ``diffusion_pytorch_model.safetensors``, ``mean_std.json``, as in the authors' folder; in
+  psvae's own layout where AutoencoderKL cannot be that VAE, such as one with a larger decoder than encoder
 - ``alignment/``: ``config.json``, ``model.safetensors``
 
 One mean and one std are all that is applied to these latents: scaling is 1 and shift 0, whatever the VAE came with.
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from psvae.alignment import AlignmentNet
-from psvae.autoencoders.pixel_vae import PixelVAE
+from psvae.autoencoders.pixel_vae import PixelVAE, PixelVAEConfig
 from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.exporting import export
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
@@ -51,8 +52,8 @@ def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: Alignme
 
     Raises:
         ConfigError: ``vae`` is no PixelVAE, the two have another latent, or the statistics were not measured.
-        CheckpointError: the folder cannot be written, diffusers' layout cannot hold the VAE, or there is an older
-            ``alignment/`` that a plain VAE would be paired with.
+        CheckpointError: the folder cannot be written, or there is an older ``alignment/`` that a plain VAE would be
+            paired with.
     """
     root = Path(folder)
     if not isinstance(vae, PixelVAE):
@@ -70,13 +71,28 @@ def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: Alignme
     mean, std = pooled_statistics(vae.latent_spec)
     each = {"latents_mean": (mean,) * vae.latent_spec.channels, "latents_std": (std,) * vae.latent_spec.channels}
     config = vae.config.replace(**_UNSCALED, **each)
-    export(vae, AUTOENCODER_KL, root / "vae", config=config, stem="diffusion_pytorch_model", max_shard_size="10GB")
+    if _diffusers_holds(config):
+        export(vae, AUTOENCODER_KL, root / "vae", config=config, stem="diffusion_pytorch_model", max_shard_size="10GB")
+    else:
+        own = copy.deepcopy(vae)
+        own.config = config
+        own.latent_spec.float().mean.fill_(mean)
+        own.latent_spec.std.fill_(std)
+        own.save_pretrained(root / "vae")
     write_mean_std(vae.latent_spec, root / "vae" / MEAN_STD)
     if alignment is not None:
         written = copy.deepcopy(alignment)
         written.latent_spec.float()  # bf16 would round the two numbers, and the parts would no longer agree
         load_latent_statistics(written.latent_spec, root / "vae" / MEAN_STD)
         written.save_pretrained(root / "alignment")
+
+
+def _diffusers_holds(config: PixelVAEConfig) -> bool:
+    try:
+        AUTOENCODER_KL.write_config(config.to_dict())
+    except CheckpointError:
+        return False
+    return True
 
 
 def load_reals(
