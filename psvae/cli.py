@@ -357,7 +357,7 @@ def _measured(source: Source) -> tuple[str, str | None]:
 
 
 def _licence(source: Source) -> str:
-    """Of the model card's metadata, on the disk alone: no request is made for it."""
+    """Of the model card's metadata."""
     card = source.find("README.md")
     text = card.read_text(encoding="utf-8", errors="replace") if card is not None else ""
     found = re.search(r"\A---\n.*?^license:\s*(.+?)\s*$.*?^---$", text, flags=re.DOTALL | re.MULTILINE)

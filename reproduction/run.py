@@ -56,8 +56,9 @@ class Options:
     """A tenth of the work."""
     precision: str = "bf16"
     """Of matrix products and convolutions: bf16, or fp32."""
-    only: str | None = None
-    """Run the stages whose name starts so, whatever they need before them being there."""
+    only: tuple[str, ...] = ()
+    """Run the stages whose names start so, whatever they need before them being there; in several processes, for
+    instance."""
 
 
 class Run(NamedTuple):
@@ -257,7 +258,7 @@ def main(options: Options) -> None:
     results, failed = output / "results", []
     for name, stage in stages(run):
         file = results / f"{name}.json"
-        if file.exists() or (options.only is not None and not name.startswith(options.only)):
+        if file.exists() or (options.only and not name.startswith(options.only)):
             continue
         started = time.time()
         try:

@@ -426,7 +426,7 @@ def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
     tiny = replace(plan.WHOLE, width=32, depth=1, encoder_small_steps=1, encoder_steps=1, encoder_batch=4)
     data = parquet(tmp_path, ("img", "label"), (32,) * 24)
     monkeypatch.setattr(run, "WHOLE", tiny)
-    options = run.Options(data, output=tmp_path / "out", precision="fp32", only="encoder")
+    options = run.Options(data, output=tmp_path / "out", precision="fp32", only=("encoder",))
     drawn = []
     monkeypatch.setattr(report, "write", lambda *places: drawn.append(places[-1]) or tmp_path)
     run.main(options)
