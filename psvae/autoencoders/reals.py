@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from psvae.alignment import AlignmentNet
-from psvae.autoencoders.pixel_vae import PixelVAE, PixelVAEConfig
+from psvae.autoencoders.pixel_vae import PixelVAE
 from psvae.errors import CheckpointError, ConfigError
 from psvae.hub.exporting import export
 from psvae.hub.keymaps.autoencoder_kl import AUTOENCODER_KL
@@ -71,7 +71,7 @@ def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: Alignme
     mean, std = pooled_statistics(vae.latent_spec)
     each = {"latents_mean": (mean,) * vae.latent_spec.channels, "latents_std": (std,) * vae.latent_spec.channels}
     config = vae.config.replace(**_UNSCALED, **each)
-    if _diffusers_holds(config):
+    if AUTOENCODER_KL.holds(config.to_dict()):
         export(vae, AUTOENCODER_KL, root / "vae", config=config, stem="diffusion_pytorch_model", max_shard_size="10GB")
     else:
         own = copy.deepcopy(vae)
@@ -85,14 +85,6 @@ def save_reals(folder: str | os.PathLike[str], vae: PixelVAE, alignment: Alignme
         written.latent_spec.float()  # bf16 would round the two numbers, and the parts would no longer agree
         load_latent_statistics(written.latent_spec, root / "vae" / MEAN_STD)
         written.save_pretrained(root / "alignment")
-
-
-def _diffusers_holds(config: PixelVAEConfig) -> bool:
-    try:
-        AUTOENCODER_KL.write_config(config.to_dict())
-    except CheckpointError:
-        return False
-    return True
 
 
 def load_reals(

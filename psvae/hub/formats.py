@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psvae.errors import CheckpointError
+
 __all__ = ["Format", "Header", "Rule", "same"]
 
 Json = Mapping[str, Any]
@@ -67,6 +69,16 @@ class Format:
     ignored: tuple[str, ...] | Callable[[Json, Header], tuple[str, ...]] = ()
     write_config: Callable[[Json], dict[str, Any]] | None = None
     remark: Callable[[Header], str] = lambda header: ""
+
+    def holds(self, config: Json) -> bool:
+        """Can this layout say our configuration?"""
+        if self.write_config is None:
+            return False
+        try:
+            self.write_config(config)
+        except CheckpointError:
+            return False
+        return True
 
     def save(self, state: Mapping[str, Tensor], config: Json, header: Header) -> dict[str, Tensor]:
         """Our tensors → theirs, both by name."""
