@@ -21,7 +21,7 @@ class Plan:
     depth: int = 6
     encoder_small_steps: int = 4400
     encoder_steps: int = 5000
-    """2200 and 1550 steps of batch 256 gave a probe of 73.35 %, and 75 % was wanted: raised before anything else ran."""
+    """2200 and 1550 steps of batch 256 gave a probe of 73.35 %, and 75 % was wanted: raised before the rest ran."""
     encoder_batch: int = 128
     judge_width: int = 32
     judge_steps: int = 2800
