@@ -19,7 +19,7 @@ docs: .venv/installed
 	OMP_NUM_THREADS=1 .venv/bin/sphinx-build -E -n -W --keep-going -q -c docs . outputs/docs
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2
 
 # lint, format and types
 check: .venv/installed
