@@ -55,7 +55,7 @@ class Options:
     """Export a PSVAE, a PixelVAE or a DeepFusionDiT."""
 
     model: str
-    """Folder or Hub id."""
+    """Folder, Hub id, or a model of the package, such as psvae-tiny."""
     output: Path
     """Folder for encoder, decoder or step, .onnx or .pt2."""
     part: tuple[PARTS, ...] = ()

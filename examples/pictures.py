@@ -62,12 +62,11 @@ def save_report(image: Tensor, stage1: Any, stage2: Any, frozen: Any, path: Path
     axes[0].set_title("input, not trained on")
     for axis, output, name in zip(axes[1:3], outputs, ("stage 1, S-VAE", "stage 2, PS-VAE"), strict=True):
         reconstruction = output.sample.clamp(-1, 1)
-        psnr = -10 * torch.log10(((reconstruction - image) / 2).square().mean())
         axis.imshow(_shown(reconstruction))
-        axis.set_title(f"{name}: {psnr:.1f} dB")
-    axes[3].imshow(principal_colours(stage2.encode(image).latent_dist.mode())[0].permute(1, 2, 0))
+        axis.set_title(f"{name}: {_psnr(reconstruction, image):.1f} dB")
+    axes[3].imshow(_rows(principal_colours(stage2.encode(image).latent_dist.mode())[0]))
     axes[3].set_title("latent, first 3 principal components")
-    shown = axes[4].imshow(cosine, vmin=min(0.5, float(cosine.min())), vmax=1.0, cmap="viridis")
+    shown = axes[4].imshow(cosine.numpy(), vmin=min(0.5, float(cosine.min())), vmax=1.0, cmap="viridis")
     axes[4].set_title(f"rebuilt vs original features:\ncosine {cosine.mean():.3f}")
     figure.colorbar(shown, ax=axes[4], shrink=0.8)
     for axis in axes:
@@ -77,12 +76,15 @@ def save_report(image: Tensor, stage1: Any, stage2: Any, frozen: Any, path: Path
 
 
 @torch.no_grad()
-def save_look(images: list[Tensor], model: Any, path: Path) -> None:
+def save_look(images: dict[str, Tensor], model: Any, path: Path) -> dict[str, float]:
     """A row for each image: it, its reconstruction, PCA of its latent, of its features, of its rebuilt features.
 
     Args:
-        images: ``1 3 H W`` each, in [-1, 1].
+        images: ``1 3 H W`` each, in [-1, 1], by name.
         model: a PSVAE with a semantic VAE.
+
+    Returns:
+        The PSNR in dB of each.
     """
     import matplotlib
 
@@ -90,26 +92,37 @@ def save_look(images: list[Tensor], model: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(len(images), 5, figsize=(14, 3 * len(images)), squeeze=False, layout="constrained")
-    for row, image in zip(axes, images, strict=True):
+    found = {}
+    for row, (name, image) in zip(axes, images.items(), strict=True):
         posterior = model.encode(image).latent_dist
         painted, features = model.decode(posterior.mode()).sample.clamp(-1, 1), model.features(image)
         rebuilt = model.decode_features(posterior.mode())
-        psnr = -10 * torch.log10(((painted - image) / 2).square().mean())
+        found[name] = _psnr(painted, image)
         colours = principal_colours(torch.cat([features, rebuilt]))  # one set of components for both
         maps = (principal_colours(posterior.mode())[0], *colours)
         titles = (
-            "input", f"reconstruction: {psnr:.1f} dB", f"latent, {posterior.mean.shape[1]} channels",
+            "input", f"reconstruction: {found[name]:.1f} dB", f"latent, {posterior.mean.shape[1]} channels",
             f"features, {features.shape[1]} channels",
             f"features rebuilt from the latent:\ncosine {cosine_similarity_map(rebuilt, features).mean():.3f}",
         )  # fmt: skip
-        shown = (_shown(image), _shown(painted), *(colour.permute(1, 2, 0) for colour in maps))
+        shown = (_shown(image), _shown(painted), *map(_rows, maps))
         for axis, picture, title in zip(row, shown, titles, strict=True):
             axis.imshow(picture)
             axis.set_title(title, fontsize=10)
             axis.axis("off")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+    return found
 
 
-def _shown(image: Tensor) -> Tensor:
-    return (image[0] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0)
+def _psnr(painted: Tensor, image: Tensor) -> float:
+    return -10 * float(torch.log10(((painted - image) / 2).square().mean()))
+
+
+def _shown(image: Tensor) -> np.ndarray:
+    return _rows(image[0] * 0.5 + 0.5)
+
+
+def _rows(colours: Tensor) -> np.ndarray:
+    """``3 H W`` in [0, 1] → ``H W 3``, as matplotlib has it."""
+    return colours.clamp(0, 1).permute(1, 2, 0).numpy()

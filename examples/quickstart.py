@@ -21,10 +21,12 @@ from data import IMAGE_ENDINGS, DataOptions, center_transform, read_image
 from measures import measure, step_seconds
 from pictures import save_look, save_report
 from PIL import Image
+from sampling import plain_errors
 from torchvision.transforms.functional import center_crop, to_tensor
 from train_tokenizer import LossOptions, Options, build_model, main
 
 from psvae import PSVAE, PixelDecoderConfig, PSVAEConfig, SemanticEncoderConfig, SemanticVAEConfig
+from psvae.adapt import latent_shape
 
 PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "coffee", "coins", "grass", "gravel", "hubble_deep_field",
@@ -60,6 +62,11 @@ class Quickstart:
 
 def run(options: Quickstart) -> int:
     """Returns the exit code."""
+    if options.train and options.model != Quickstart.model:
+        raise SystemExit("--model is what is looked at, and --train trains a model of its own; wanted one of the two")
+    for name in ("encoder", "steps1", "steps2"):
+        if not options.train and getattr(options, name) is not None:
+            raise SystemExit(f"--{name} came without --train; it is of a training")
     return train(options) if options.train else look(options)
 
 
@@ -67,29 +74,29 @@ def look(options: Quickstart) -> int:
     """Encode and decode photographs of any size, and draw what the latent holds."""
     from skimage import data
 
-    model = PSVAE.from_pretrained(options.model)
+    with plain_errors():
+        model = PSVAE.from_pretrained(options.model)
     if options.data is None:
         photographs = {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in SHOWN}
     else:
         photographs = {file.name: read_image(file) for file in images_of(options.data, least=1)[: len(SHOWN)]}
     stride = model.config.spatial_compression_ratio
-    images = {name: whole_cells(photograph, stride) for name, photograph in photographs.items()}
-    with torch.no_grad():
-        for name, image in images.items():
-            latents = model.encode(image).latent_dist.mode()
-            error = (model.decode(latents).sample.clamp(-1, 1) - image).square().mean()
-            psnr = -10 * torch.log10(error / 4)
-            print(f"{name}: {tuple(image.shape[2:])} pixels, latents {tuple(latents.shape[1:])}, PSNR {psnr:.2f} dB")
+    images = {name: whole_cells(photograph, stride, name) for name, photograph in photographs.items()}
     options.output.mkdir(parents=True, exist_ok=True)
-    save_look(list(images.values()), model, options.output / "look.png")
+    for name, psnr in save_look(images, model, options.output / "look.png").items():
+        size = tuple(images[name].shape[2:])
+        print(f"{name}: {size} pixels, latents {latent_shape(model, size)}, PSNR {psnr:.2f} dB")
     print(f"the picture is {options.output / 'look.png'}; --train trains a model in a few minutes")
     return 0
 
 
-def whole_cells(photograph: Image.Image, stride: int) -> torch.Tensor:
+def whole_cells(photograph: Image.Image, stride: int, name: str) -> torch.Tensor:
     """``1 3 H W`` in [-1, 1]: at most 512 pixels a side, its middle cut to whole latent cells."""
     photograph.thumbnail((512, 512))
     width, height = (side - side % stride for side in photograph.size)
+    if min(width, height) == 0:
+        came = f"{photograph.size[0]} x {photograph.size[1]}"
+        raise SystemExit(f"{name} has {came} pixels, shown at 512 at most; wanted {stride} a side or more")
     return center_crop(to_tensor(photograph), [height, width])[None] * 2 - 1
 
 

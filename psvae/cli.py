@@ -64,7 +64,7 @@ def inspect(
     safetensors file.
 
     Args:
-        source: a folder, a weights file, or a Hub id.
+        source: a folder, a weights file, a model of the package, or a Hub id.
     """
     checkpoint = where.open(source)
     cls, layout = _recognise(checkpoint)
@@ -120,7 +120,7 @@ def convert(
     """Write a checkpoint in another layout.
 
     Args:
-        source: a folder, a weights file, or a Hub id.
+        source: a folder, a weights file, a model of the package, or a Hub id.
         destination: a folder, new or empty.
         to: psvae: our own. diffusers: AutoencoderKL for a PixelVAE, AutoencoderPSVAE for a PSVAE. ldm: LDM's names.
             timm, transformers: an encoder for those libraries.
@@ -158,7 +158,7 @@ def reconstruct(
 
     Args:
         images: image files. What exceeds a multiple of the stride at the right and below is cropped, and it is said.
-        model: a PSVAE or PixelVAE: a folder, a weights file, or a Hub id.
+        model: a PSVAE or PixelVAE: a folder, a weights file, a model of the package, or a Hub id.
         output: folder for the pictures.
         device: such as cpu or cuda.
     """
@@ -200,7 +200,7 @@ def descriptor(
     """Write what ComfyUI must know of a VAE's latents: channels, stride, process_in and process_out, preview colours.
 
     Args:
-        model: a PSVAE or PixelVAE: a folder, a weights file, or a Hub id.
+        model: a PSVAE or PixelVAE: a folder, a weights file, a model of the package, or a Hub id.
         output: a .py file, with a class that a model of ComfyUI takes as its latent_format; or a .json file.
         by: what a PixelVAE's generator sees latents by, where it has both.
         statistics: a file of them, such as the mean_std.json of ReaLS; None for those in the weights.

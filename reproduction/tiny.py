@@ -54,6 +54,11 @@ DECODER: dict[str, Any] = {
     "base_channels": 16, "channel_multipliers": (1, 2, 4, 5, 5), "num_res_blocks": 1, "norm_groups": 8,
     "attention_levels": 0,
 }  # fmt: skip
+SAID = {  # in the card
+    "psnr": "PSNR, dB", "ssim": "SSIM",
+    "probe": "linear probe, mean over cells", "probe_cells": "linear probe, all cells",
+    "knn": "20 nearest neighbours, mean over cells", "knn_cells": "20 nearest neighbours, all cells",
+}  # fmt: skip
 WIDER: dict[str, Any] = DECODER | {"channel_multipliers": (1, 2, 4, 8, 8)}  # the plain VAE's encoder: of one size then
 
 
@@ -100,7 +105,8 @@ def main(options: Options) -> dict[str, Any]:
     command = "python -m reproduction.tiny --cifar cifar10/ --photographs photographs/"
     vae.half().save_pretrained(
         options.package, training_command=command, training_data=data_in_words(options),
-        metrics={k: v for k, v in numbers["psvae-tiny"].items() if k != "parameters"} | {"probe, encoder": encoder},
+        metrics={said: numbers["psvae-tiny"][name] for name, said in SAID.items()}
+        | {f"{SAID['probe']}, of the encoder's features": encoder}, license="apache-2.0",
     )  # fmt: skip
     return numbers
 
@@ -110,8 +116,9 @@ def data_in_words(options: Options) -> str:
     count, tested = (len(open_table(str(options.photographs), part)) for part in ("train", "test"))
     return (
         f"The encoder: the labels of CIFAR-10's 50 000 training pictures, enlarged to {ENLARGED} px, "
-        f"{steps_of(options, options.encoder_steps)} steps of 128. The tokenizer: {count} photographs of ImageNet and "
-        f"{options.cifar_pictures} of these pictures, as often the ones as the others, random crops of {ENLARGED} px, "
+        f"{steps_of(options, options.encoder_steps)} steps of 128. The tokenizer: {count} photographs of ImageNet, "
+        f"each of a class of its own, and {options.cifar_pictures} of these pictures, as often the ones as the others, "
+        f"random crops of {ENLARGED} px, "
         f"stage 1 of {steps_of(options, options.steps1)} steps and stage 2 of {steps_of(options, options.steps2)}, "
         f"batches of {options.batch_size}. Seed {options.seed}. Measured on {tested} other photographs of ImageNet at "
         "256 px and, the probes, on 5000 of CIFAR-10's test pictures, enlarged likewise: a linear layer and nearest "
@@ -181,7 +188,8 @@ def data_options(data: Path) -> DataOptions:
 
 
 def train_psvae(options: Options, data: Path) -> None:
-    """Both stages, with the library's defaults but for the terms whose networks would have to be fetched."""
+    """Both stages, with the library's defaults but for posteriors that begin narrow, and without the terms whose
+    networks would have to be fetched."""
     output = options.output / "tokenizer"
     if (output / "stage2" / "config.json").exists():
         return
@@ -190,6 +198,7 @@ def train_psvae(options: Options, data: Path) -> None:
         encoder.config,
         SemanticVAEConfig(WIDTH, CHANNELS, depth=1, num_heads=WIDTH // 32, mlp_dim=4 * WIDTH, initial_logvar=-4.0),
         PixelDecoderConfig(CHANNELS, **DECODER),
+        sample_size=ENLARGED,
     )
     file = options.output / "psvae.json"
     write_text(file, json.dumps(config.to_dict()))

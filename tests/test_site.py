@@ -17,11 +17,12 @@ import pytest
 
 import psvae
 from psvae import adapt, flow, losses
+from psvae.integrations import comfyui
 
 ROOT = Path(__file__).parents[1]
 API = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "api").glob("*.rst")))
 NOTEBOOK = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
-MODULES = {"psvae.flow": flow, "psvae.losses": losses, "psvae.adapt": adapt}
+MODULES = {"psvae.flow": flow, "psvae.losses": losses, "psvae.adapt": adapt, "psvae.integrations.comfyui": comfyui}
 
 
 def test_every_public_name_is_on_a_page():

@@ -19,6 +19,7 @@ def model_card(
     training_command: str | None = None,
     training_data: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    license: str | None = None,
 ) -> str:
     """Markdown with the Hub's metadata header.
 
@@ -27,11 +28,13 @@ def model_card(
         training_command: the command that made the weights.
         training_data: what they learned from, in words.
         metrics: measured numbers by name.
+        license: the Hub's name of it.
     """
     kind: Any = type(module)
     name, config = kind.__name__, module.config
     values: Any = config.to_dict()  # type: ignore[union-attr]
     task = f"pipeline_tag: {kind.pipeline_tag}\n" if kind.pipeline_tag else ""
+    terms = f"license: {license}\n" if license else ""
     count = sum(parameter.numel() for parameter in module.parameters())
     rows = [f"| {key} | {value:.4g} |" for key, value in (metrics or {}).items()]
     spec = getattr(module, "latent_spec", None)
@@ -40,7 +43,7 @@ def model_card(
     measured = "\n".join(["| measure | value |", "| --- | --- |", *rows]) if rows else "Nothing was recorded."
     return f"""---
 library_name: psvae
-{task}tags: [{", ".join(("psvae", *kind.card_tags))}]
+{terms}{task}tags: [{", ".join(("psvae", *kind.card_tags))}]
 ---
 {MARK}
 

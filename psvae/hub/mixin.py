@@ -59,7 +59,8 @@ class HubMixin:
         and the names in the weights; which one it was is logged under ``psvae``.
 
         Args:
-            repo_or_folder: a folder on disk, a weights file, or a Hub id such as ``"org/name"``.
+            repo_or_folder: a folder on disk, a weights file, a model of the package (``"psvae-tiny"``), or a Hub id
+                such as ``"org/name"``.
             revision: branch, tag or commit of the Hub repository; only a full commit hash is immutable.
             subfolder: of the folder or repository.
             file: name of the weights file, where it is not a standard one.
@@ -116,6 +117,7 @@ class HubMixin:
         training_command: str | None = None,
         training_data: str | None = None,
         metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
     ) -> None:
         """Write config, weights and model card. A crash half-way leaves an older checkpoint there, of the
         same configuration, intact.
@@ -127,12 +129,15 @@ class HubMixin:
             max_shard_size: weights above it are split, such as ``"5GB"``.
             training_command, training_data: written into the card: how the weights were made, and from what.
             metrics: measured numbers by name, written into the card.
+            license: of the weights, as the Hub names it, such as ``"apache-2.0"``.
 
         Raises:
             CheckpointError: the disk is full or the folder cannot be written.
         """
         module: Any = self
-        card = model_card(module, training_command=training_command, training_data=training_data, metrics=metrics)
+        card = model_card(
+            module, training_command=training_command, training_data=training_data, metrics=metrics, license=license
+        )
         config = {"_class": type(self).__name__, **self.config.to_dict()}
         write_checkpoint(Path(folder), config, module.state_dict(), card, max_shard_size)
 

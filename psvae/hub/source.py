@@ -7,12 +7,21 @@ from typing import Any
 
 from psvae.errors import CheckpointError
 
-__all__ = ["CONFIG", "LISTED", "Source"]
+__all__ = ["CONFIG", "LISTED", "Source", "packaged"]
 
 CONFIG = "config.json"
 LISTED = 20  # names in one error message
 _PACKAGED = Path(__file__).parents[1] / "models"  # folders that come with psvae
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _packaged_names() -> list[str]:
+    return sorted(file.parent.name for file in _PACKAGED.glob(f"*/{CONFIG}"))
+
+
+def packaged(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a model that comes with psvae; None where none has that name, or something here has it."""
+    return _PACKAGED / name if not Path(name).exists() and str(name) in _packaged_names() else None
 
 
 class Source:
@@ -37,13 +46,12 @@ class Source:
         path = Path(repo_or_folder)
         self.file = path.name if path.is_file() else None
         self.folder = path.parent if path.is_file() else path if path.is_dir() else None
-        packaged = sorted(file.parent.name for file in _PACKAGED.glob(f"*/{CONFIG}"))
-        if self.folder is None and self.name in packaged:
-            self.folder = _PACKAGED / self.name
+        if self.folder is None:
+            self.folder = packaged(self.name)
         if self.folder is None and not _REPO_ID.fullmatch(self.name):
             raise CheckpointError(
                 f"{self.name!r} is not a folder or file here, nor a Hub id of the form 'org/name', nor a model of the "
-                f"package ({', '.join(packaged)})"
+                f"package ({', '.join(_packaged_names())})"
             )
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from psvae.autoencoders import PSVAE, PixelVAE
 from psvae.errors import CheckpointError, ConfigError, MissingDependencyError
+from psvae.hub.source import packaged
 from psvae.shapes import Images, Latents
 
 try:
@@ -99,13 +100,14 @@ class _Autoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As every diffusers model, and strict: diffusers alone leaves missing weights empty and says nothing.
 
-        Folders that are not of this class are read as the core reads them: psvae's own, and those of other projects,
-        such as ``AutoencoderKL``'s. From those, ``subfolder``, ``revision``, ``variant``, ``torch_dtype`` and the
-        options of the Hub are taken.
+        Folders that are not of this class are read as the core reads them: psvae's own, its packaged models by name,
+        and those of other projects, such as ``AutoencoderKL``'s. From those, ``subfolder``, ``revision``,
+        ``variant``, ``torch_dtype`` and the options of the Hub are taken.
 
         Raises:
             CheckpointError: of another model, or weights are missing, unexpected or mis-shaped, all listed.
         """
+        pretrained_model_name_or_path = packaged(pretrained_model_name_or_path) or pretrained_model_name_or_path
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
         kind = cls.load_config(pretrained_model_name_or_path, **place).get("_class_name")  # type: ignore[union-attr]
         if kind != cls.__name__:

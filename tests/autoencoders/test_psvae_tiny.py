@@ -1,6 +1,7 @@
 """psvae-tiny, the trained model in the package: offline, small, for photographs of any size, and always the same."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 import psvae
 from psvae import PSVAE, PixelDecoder
+from psvae.cli import main
 from psvae.errors import CheckpointError
 from tests.tiny import tiny_psvae
 
@@ -45,8 +47,12 @@ def test_is_as_small_as_promised(model):
 
 def test_the_card_says_how_it_was_made():
     card = (FOLDER / "README.md").read_text()
-    for words in ("reproduction.tiny", "CIFAR-10", "ImageNet", "Seed", "| psnr |", "| probe |", "## Latent"):
+    for words in ("reproduction.tiny", "CIFAR-10", "ImageNet", "Seed", "license: apache-2.0", "## Latent"):
         assert words in card, words
+    measured = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", card, re.MULTILINE))
+    assert float(measured["PSNR, dB"]) >= 23
+    probe = "linear probe, mean over cells"
+    assert float(measured[probe]) > float(measured[f"{probe}, of the encoder's features"]) - 0.02
 
 
 def test_statistics_were_fitted(model, image):
@@ -77,6 +83,17 @@ def test_reconstruction_is_the_golden_one(model, image, stored_json):
     golden = stored_json("goldens", "psvae_tiny", json.dumps(found) + "\n")
     assert psnr == pytest.approx(golden["psnr"], abs=0.02)
     torch.testing.assert_close(means, torch.tensor(golden["means"]), atol=5e-3, rtol=0)
+
+
+def test_the_command_line_takes_its_name(tmp_path, capsys):
+    main(["inspect", "psvae-tiny"])
+    said = capsys.readouterr().out
+    assert "apache-2.0" in said
+    assert "PSVAE" in said
+    main(["reconstruct", str(PHOTOGRAPH), "--model", "psvae-tiny", "--output", str(tmp_path)])
+    assert "chelsea" in capsys.readouterr().out
+    main(["descriptor", "psvae-tiny", str(tmp_path / "latent_format.py")])
+    assert "latent_channels = 64" in (tmp_path / "latent_format.py").read_text()
 
 
 def test_a_folder_of_the_same_name_comes_first(tmp_path, monkeypatch):

@@ -177,6 +177,12 @@ def test_folders_of_other_kinds_load_as_the_core_loads_them(model, tmp_path, sub
     assert (loaded.dtype, loaded.training) == (torch.bfloat16, False)
 
 
+def test_a_model_of_the_package_loads_without_the_network(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    loaded = AutoencoderPSVAE.from_pretrained("psvae-tiny")
+    assert_same_state(loaded, PSVAE.from_pretrained("psvae-tiny"))
+
+
 def test_an_autoencoder_kl_folder_loads(tmp_path):
     core = fill_weights(tiny_pixel_vae())
     core.export_diffusers(tmp_path)
