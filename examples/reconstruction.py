@@ -264,14 +264,12 @@ class Meters:
                     f"the reconstruction of {some(broken)} holds NaN or infinity; wanted finite numbers: look at the "
                     "weights, or at --precision"
                 )
-            rebuilt = getattr(output, "rebuilt_features", None)
-            wanted = images.new_empty(0)
-            if rebuilt is not None:
-                wanted = output.features if self.frozen is None else self.frozen(images)
         made = eight_bits(output.sample)
         rows = each_picture(made, pixels, self.lpips)
         rows |= {f"{name} features": extract(made) for name, extract in self.extractors.items()}
+        rebuilt = getattr(output, "rebuilt_features", None)
         if rebuilt is not None:
+            wanted = output.features if self.frozen is None else self.frozen(images)
             rows["feature_cosine"] = cosine_similarity_map(rebuilt, wanted).mean(dim=(1, 2))
         posterior = output.posterior
         if not posterior.deterministic:

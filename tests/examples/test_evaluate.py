@@ -186,6 +186,20 @@ def test_each_number_has_its_protocol(world, tmp_path):
     assert ours["latent"] == {"channels": 8, "stride": 8}
 
 
+def test_the_frozen_encoder_is_not_in_the_codecs_precision(world, tmp_path):
+    teacher = str(world / "teacher")
+    options = asked(world, tmp_path, "psvae", frozen=teacher, precision="bf16", batch_size=28)
+    [result] = evaluate.main(options)["results"]
+    vae = PSVAE.from_pretrained(world / "psvae")
+    ours = pixels_of(world / "pictures").float() / 127.5 - 1
+    with torch.no_grad():
+        wanted = evaluate.open_encoder(teacher, torch.device("cpu"))(ours)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = vae(ours, sample_posterior=False).rebuilt_features
+    cosine = F.cosine_similarity(found.float(), wanted, dim=1).mean()
+    assert values(result)["feature_cosine"] == pytest.approx(float(cosine), abs=1e-6)
+
+
 def test_a_codec_that_rebuilds_exactly(world, tmp_path):
     (tmp_path / "gray").mkdir()
     for place in range(3):
