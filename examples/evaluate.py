@@ -32,7 +32,7 @@ from frechet import WEIGHTS, load_inception, open_encoder, pooled_features, why_
 from measures import load_lpips, local_lpips
 from probes import Probe, plan_probe, refuse_too_large
 from protocol import numbers_of, protocol_of, result_of, show
-from reconstruction import Meters, Pass, Pictures, Work, rows_of, stamp_of
+from reconstruction import MeasuredPictures, Meters, Pass, Work, rows_of, stamp_of
 from sampling import asked_for, digest, load_vae, plain_errors, refuse_smaller, vae_folder
 
 from psvae import PSVAE, PixelVAE, SemanticEncoder
@@ -119,14 +119,14 @@ def probing(options: Options) -> bool:
     return options.probe or bool(options.probe_train or options.probe_train_split)
 
 
-def open_pictures(options: Options, data: str, split: str | None, count: int | None) -> Pictures:
+def open_pictures(options: Options, data: str, split: str | None, count: int | None) -> MeasuredPictures:
     label = options.label_column if probing(options) else None
     asked = ImageOptions(
         "", data, Path(), split=split, image_column=options.image_column, label_column=label, size=options.size
     )
     if split is None and not Path(data).is_dir():
         raise SystemExit(f"there is no folder {data}; for a Hugging Face dataset name its split")
-    return Pictures(asked, count)
+    return MeasuredPictures(asked, count)
 
 
 def open_codec(name: str, options: Options, device: torch.device) -> PSVAE | PixelVAE:
@@ -230,7 +230,9 @@ def refuse_other_features(vae: PSVAE | PixelVAE, frozen: SemanticEncoder | None,
 # The run
 
 
-def settings_of(options: Options, identity: dict[str, Any], pictures: Pictures, probe: Probe | None) -> dict[str, Any]:
+def settings_of(
+    options: Options, identity: dict[str, Any], pictures: MeasuredPictures, probe: Probe | None
+) -> dict[str, Any]:
     """What must not change between two runs into one file."""
     apart = ("vae", "batch_size", "part", "workers", "allow_download", "allow_pickle", "skip_unreadable", "inception")
     asked = {name: value for name, value in asked_for(options).items() if name not in apart}

@@ -91,7 +91,7 @@ class Cached(Dataset):
         return torch.cat(moments).float(), class_of(self.latents.label(place), self.options), []
 
 
-class Pictures(Dataset):
+class LabelledPictures(Dataset):
     """(image 3 H W, label, what could not be read) by (position in the stream, place)."""
 
     def __init__(self, options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> None:
@@ -139,14 +139,14 @@ def class_of(label: int, options: LabelledOptions) -> int:
     return 0 if options.classes == 1 else label
 
 
-def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cached | Pictures:
+def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cached | LabelledPictures:
     """Cached latents or pictures.
 
     Raises:
         SystemExit: there is no data, its latents are not this VAE's, or some have no class.
     """
     cached = (Path(options.path) / MANIFEST).exists()
-    data = Cached(options, seed) if cached else Pictures(options, seed, vae)
+    data = Cached(options, seed) if cached else LabelledPictures(options, seed, vae)
     channels, height, width = data.shape
     if channels != vae.config.latent_channels:
         raise SystemExit(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cache_latents import some
-from reconstruction import Pictures, Rows
+from reconstruction import MeasuredPictures, Rows
 from sampling import generator_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -48,11 +48,11 @@ class Probe(NamedTuple):
 
     known: dict[int, str]
     unknown: dict[int, str]
-    train: Pictures | None
+    train: MeasuredPictures | None
     said: str
 
 
-def plan_probe(pictures: Pictures, train: Pictures | None, options: Any) -> Probe:
+def plan_probe(pictures: MeasuredPictures, train: MeasuredPictures | None, options: Any) -> Probe:
     """Who learns and who is tested, by the options of evaluate.py.
 
     Raises:
@@ -85,7 +85,7 @@ def plan_probe(pictures: Pictures, train: Pictures | None, options: Any) -> Prob
     return Probe(known, unknown, train, f"{said}; {len(set(known.values()))} classes")
 
 
-def labels_of(pictures: Pictures) -> dict[int, str]:
+def labels_of(pictures: MeasuredPictures) -> dict[int, str]:
     """By place, of those that are measured."""
     classes = pictures.classes()
     found = {place: classes[place] for place in pictures.places}

@@ -8,7 +8,7 @@ import torch
 from frechet import frechet_distance, too_few
 from measures import active_share
 from probes import Probe, probed
-from reconstruction import Pass, Pictures, Rows
+from reconstruction import MeasuredPictures, Pass, Rows
 from torch import Tensor
 
 from psvae import PSVAE, PixelVAE
@@ -87,7 +87,7 @@ def mean_of(vae: PSVAE | PixelVAE) -> str:
     return "the posterior's mean" if has_posterior(vae) else "the encoder's features, no posterior"
 
 
-def protocol_of(vae: PSVAE | PixelVAE, found: Pass, pictures: Pictures, options: Any) -> dict[str, str]:
+def protocol_of(vae: PSVAE | PixelVAE, found: Pass, pictures: MeasuredPictures, options: Any) -> dict[str, str]:
     """What all numbers of a codec have in common."""
     device = vae.device
     precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[options.precision]

@@ -33,7 +33,7 @@ from psvae.losses import cosine_similarity_map
 Rows = dict[str, Tensor]  # a number, or more of them, of each picture
 
 
-class Pictures(Images):
+class MeasuredPictures(Images):
     """(place, (pixels uint8 3 H W, whether they were enlarged), label), or why it cannot be read instead of the pixels.
 
     Args:
@@ -123,7 +123,7 @@ class Pass(NamedTuple):
 
 
 def rows_of(
-    pictures: Pictures, key: list[str], read: Callable[[Tensor, list[int]], Rows], work: Work, title: str
+    pictures: MeasuredPictures, key: list[str], read: Callable[[Tensor, list[int]], Rows], work: Work, title: str
 ) -> Pass:
     """What ``read`` says of uint8 ``B 3 H W`` and their places, with ``place`` and ``enlarged``. All processes call it
     and share the parts.
@@ -165,7 +165,7 @@ def rows_of(
 
 
 def _read_parts(
-    pictures: Pictures,
+    pictures: MeasuredPictures,
     parts: list[tuple[list[int], Path]],
     read: Callable[[Tensor, list[int]], Rows],
     work: Work,
@@ -247,7 +247,7 @@ class Meters:
         return latent_forms(posterior.mode().float(), self.probed)
 
     @torch.no_grad()
-    def of_codec(self, vae: PSVAE | PixelVAE, pictures: Pictures, pixels: Tensor, places: list[int]) -> Rows:
+    def of_codec(self, vae: PSVAE | PixelVAE, pictures: MeasuredPictures, pixels: Tensor, places: list[int]) -> Rows:
         """Of reconstructions, features and latents.
 
         Raises:
