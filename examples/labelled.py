@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cache_latents import MANIFEST, NAMES, CachedLatents, Images, beside_classes, digest_of, shard_places, some
-from cache_latents import Options as ImageOptions
+from cache_latents import (
+    MANIFEST,
+    NAMES,
+    CachedLatents,
+    Images,
+    ImageSource,
+    beside_classes,
+    digest_of,
+    shard_places,
+    some,
+)
 from checkpoints import changed
 from safetensors import safe_open
 from sampling import generator_of, plain_errors
@@ -96,9 +105,8 @@ class LabelledPictures(Dataset):
 
     def __init__(self, options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> None:
         self.options, self.seed = options, seed
-        where = {"split": options.split, "image_column": options.image_column, "label_column": options.label_column}
-        chosen = ImageOptions("", options.path, Path(), size=options.size, **where)
-        self.images = Images(chosen, "for a Hugging Face dataset name its --data.split")
+        source = ImageSource(options.path, options.split, options.image_column, options.label_column, size=options.size)
+        self.images = Images(source, "for a Hugging Face dataset name its --data.split")
         with plain_errors():
             self.shape = latent_shape(vae, options.size)
         found = (self.images[place][1] for place in range(len(self.images)))  # read up to the first that can be

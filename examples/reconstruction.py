@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from cache_latents import Images, generators_of, some
-from cache_latents import Options as ImageOptions
+from cache_latents import Images, ImageSource, generators_of, some
 from checkpoints import write_whole
 from data import center_transform, spread
 from measures import each_picture, eight_bits
@@ -43,13 +42,13 @@ class MeasuredPictures(Images):
         places: of those.
     """
 
-    def __init__(self, options: ImageOptions, count: int | None) -> None:
-        super().__init__(options)
-        self.options, self.crop, self.transform = options, center_transform(options.size), self._pixels
+    def __init__(self, source: ImageSource, count: int | None) -> None:
+        super().__init__(source)
+        self.source, self.crop, self.transform = source, center_transform(source.size), self._pixels
         self.places = list(range(len(self))) if count is None else spread(len(self), count)
 
     def _pixels(self, image: Image.Image) -> tuple[Tensor, bool]:
-        return eight_bits(self.crop(image)), min(image.size) < self.options.size
+        return eight_bits(self.crop(image)), min(image.size) < self.source.size
 
     def name(self, place: int) -> str:
         return f"row {place}" if self.table is not None else str(self.root / self.names[place])
@@ -73,7 +72,7 @@ class MeasuredPictures(Images):
         ]
 
     def stamp(self, places: list[int]) -> str:
-        """Other where a picture is another."""
+        """A digest of the pictures at these places: another if one is replaced, and if their files are written anew."""
         if self.table is not None:
             return stamp_of([self.table._fingerprint, places])
         return stamp_of([[self.names[place], *self._state(self.root / self.names[place])] for place in places])
@@ -152,7 +151,7 @@ def rows_of(
         return Pass({}, [], [])
     found = [part for part in map(load_file, files) if len(part["place"])]
     if not found:
-        raise SystemExit(f"none of the {len(places)} pictures of {pictures.options.data} can be read")
+        raise SystemExit(f"none of the {len(places)} pictures of {pictures.source.data} can be read")
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     kept = set(rows["place"].tolist())
     left_out = [pictures.name(place) for place in places if place not in kept]
