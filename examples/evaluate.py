@@ -319,7 +319,7 @@ def main(options: Options) -> dict[str, Any]:
             file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        show([result for result in results if result["vae"] in options.vae], options.output)
+        show([result for result in results if result["vae"] in options.vae], options.frozen, options.output)
     return {"settings": settings, "results": results}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cache_latents import some
 from frechet import frechet_distance, too_few
 from measures import active_share
 from probes import Probe, probed
@@ -145,7 +146,21 @@ def result_of(
     }
 
 
-def show(results: list[dict[str, Any]], file: Path) -> None:
+def about_cosine(results: list[dict[str, Any]], frozen: str | None) -> list[str]:
+    """What --frozen would do for the PSVAEs of the table, a line each."""
+    has = {result["vae"]: "feature_cosine" in result["numbers"] for result in results if result["class"] == "PSVAE"}
+    lines = []
+    if any(has.values()) and frozen is None:
+        lines.append(
+            "feature_cosine is with the codec's own encoder, which stage 2 tunes; --frozen compares with another, such "
+            "as the one before it"
+        )
+    if lacking := [name for name, there in has.items() if not there]:
+        lines.append(f"no feature_cosine of {some(lacking)}: no SemanticVAE rebuilds features for --frozen to compare")
+    return lines
+
+
+def show(results: list[dict[str, Any]], frozen: str | None, file: Path) -> None:
     """One row for each number, one column for each codec; below, the protocols."""
     names = list(dict.fromkeys(name for result in results for name in result["numbers"]))
     heads = [f"{result['vae'][-24:]}" for result in results]
@@ -156,6 +171,8 @@ def show(results: list[dict[str, Any]], file: Path) -> None:
             number = result["numbers"].get(name)
             cells.append("" if number is None else "infinite" if number["value"] is None else f"{number['value']:.4f}")
         print(f"{name:20s}" + "".join(f"{cell:>26s}" for cell in cells))
+    for line in about_cosine(results, frozen):
+        print(line)
     said: dict[str, None] = {}
     for result in results:
         for name, number in result["numbers"].items():
