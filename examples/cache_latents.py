@@ -46,15 +46,11 @@ LEFT_TO_CALLERS = {"scaling_factor", "shift_factor", "latents_mean", "latents_st
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to encode, and where to."""
+class ImageSource:
+    """Where images and their classes come from."""
 
-    vae: str
-    """A PSVAE or PixelVAE: a folder or a Hub id."""
     data: str
     """A folder with one subfolder per class, or a Hugging Face dataset (id, or folder of parquet files)."""
-    output: Path
-    """Folder for the shards. One VAE and one data set per folder."""
     split: str | None = None
     """Split of a Hugging Face dataset; without it, `data` is a folder of images."""
     image_column: str = "image"
@@ -63,6 +59,16 @@ class Options:
     """Of a Hugging Face dataset: classes by number or by name. None: every label is 0."""
     size: int = 256
     """Images are resized on their short side and centre-cropped to this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageSource):
+    """What to encode, and where to."""
+
+    vae: str
+    """A PSVAE or PixelVAE: a folder or a Hub id."""
+    output: Path
+    """Folder for the shards. One VAE and one data set per folder."""
     batch_size: int = 32
     shard_size: int = 2048
     """Images per shard."""
@@ -88,13 +94,13 @@ class Images(Dataset):
         left_out: places of images that were removed since, or of rows that cannot be read.
     """
 
-    def __init__(self, options: Options, otherwise: str = "for a Hugging Face dataset name its --split") -> None:
-        self.transform = center_transform(options.size)
+    def __init__(self, source: ImageSource, otherwise: str = "for a Hugging Face dataset name its --split") -> None:
+        self.transform = center_transform(source.size)
         self.table: Any = None
         self.left_out: set[int] = set()
-        self.root = Path(options.data)
-        if options.split is not None:
-            self.table = open_images(options)
+        self.root = Path(source.data)
+        if source.split is not None:
+            self.table = open_images(source)
             self.follow([str(place) for place in range(len(self.table))])
             return
         files = image_files(self.root, otherwise)
@@ -146,20 +152,20 @@ def collate(items: list[tuple[int, Tensor | str, int]]) -> tuple[list[int], Tens
     return list(places), None if faults else torch.stack(images), torch.tensor(labels), faults  # type: ignore[arg-type]
 
 
-def open_images(options: Options) -> Any:
+def open_images(source: ImageSource) -> Any:
     """The Hugging Face dataset with columns ``image``, undecoded, and ``label``, by number."""
     import datasets
 
-    table = open_table(options.data, options.split)
-    wanted = {options.image_column: "image"} | ({options.label_column: "label"} if options.label_column else {})
+    table = open_table(source.data, source.split)
+    wanted = {source.image_column: "image"} | ({source.label_column: "label"} if source.label_column else {})
     absent = [column for column in wanted if column not in table.column_names]
     if absent or not len(table):
         raise SystemExit(
-            f"{options.data} has {len(table)} rows of columns {', '.join(table.column_names)}; wanted rows with "
+            f"{source.data} has {len(table)} rows of columns {', '.join(table.column_names)}; wanted rows with "
             f"{' and '.join(wanted)}: see --image-column and --label-column (None where there are no classes)"
         )
     table = table.select_columns(list(wanted)).rename_columns(wanted).cast_column("image", datasets.Image(decode=False))
-    if options.label_column and table.features["label"].dtype == "string":
+    if source.label_column and table.features["label"].dtype == "string":
         table = table.class_encode_column("label")  # numbered in the order of the alphabet
     return table
 

@@ -25,14 +25,13 @@ import torch
 import tyro
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from cache_latents import Options as ImageOptions
-from cache_latents import digest_of, some
+from cache_latents import ImageSource, digest_of, some
 from checkpoints import changed, write_text
 from frechet import WEIGHTS, load_inception, open_encoder, pooled_features, why_no_inception
 from measures import load_lpips, local_lpips
 from probes import Probe, plan_probe, refuse_too_large
-from protocol import numbers_of, protocol_of, result_of, show
-from reconstruction import Meters, Pass, Pictures, Work, rows_of, stamp_of
+from protocol import Setting, numbers_of, protocol_of, result_of, show
+from reconstruction import MeasuredPictures, Meters, Pass, Work, rows_of, stamp_of
 from sampling import asked_for, digest, load_vae, plain_errors, refuse_smaller, vae_folder
 
 from psvae import PSVAE, PixelVAE, SemanticEncoder
@@ -119,14 +118,12 @@ def probing(options: Options) -> bool:
     return options.probe or bool(options.probe_train or options.probe_train_split)
 
 
-def open_pictures(options: Options, data: str, split: str | None, count: int | None) -> Pictures:
+def open_pictures(options: Options, data: str, split: str | None, count: int | None) -> MeasuredPictures:
     label = options.label_column if probing(options) else None
-    asked = ImageOptions(
-        "", data, Path(), split=split, image_column=options.image_column, label_column=label, size=options.size
-    )
+    source = ImageSource(data, split, options.image_column, label, options.size)
     if split is None and not Path(data).is_dir():
         raise SystemExit(f"there is no folder {data}; for a Hugging Face dataset name its split")
-    return Pictures(asked, count)
+    return MeasuredPictures(source, count)
 
 
 def open_codec(name: str, options: Options, device: torch.device) -> PSVAE | PixelVAE:
@@ -230,7 +227,9 @@ def refuse_other_features(vae: PSVAE | PixelVAE, frozen: SemanticEncoder | None,
 # The run
 
 
-def settings_of(options: Options, identity: dict[str, Any], pictures: Pictures, probe: Probe | None) -> dict[str, Any]:
+def settings_of(
+    options: Options, identity: dict[str, Any], pictures: MeasuredPictures, probe: Probe | None
+) -> dict[str, Any]:
     """What must not change between two runs into one file."""
     apart = ("vae", "batch_size", "part", "workers", "allow_download", "allow_pickle", "skip_unreadable", "inception")
     asked = {name: value for name, value in asked_for(options).items() if name not in apart}
@@ -271,7 +270,9 @@ def main(options: Options) -> dict[str, Any]:
     if options.probe_train or options.probe_train_split:
         where = options.probe_train or options.data
         train = open_pictures(options, where, options.probe_train_split, options.probe_count)
-    probe = plan_probe(pictures, train, options) if probing(options) else None
+    probe = None
+    if probing(options):
+        probe = plan_probe(pictures, train, options.probe_on, options.probe_share, options.seed)
     meters, identity = meters_of(options, accelerator)
     weights = {}
     for name in options.vae:  # all of them, before hours of work for the first
@@ -279,7 +280,7 @@ def main(options: Options) -> dict[str, Any]:
         weights[name] = digest_of(vae)
         refuse_other_features(vae, meters.frozen, options.size, name)
         if probe is not None:
-            refuse_too_large(options, vae, probe, name)
+            refuse_too_large(vae, probe, options.size, name)
     settings = settings_of(options, identity, pictures, probe)
     results = earlier(options.output, settings)
     waiting = [name for name in options.vae if not any(is_of(result, name, weights) for result in results)]
@@ -292,6 +293,7 @@ def main(options: Options) -> dict[str, Any]:
     folder = options.output.with_name(f"{options.output.stem}-parts")
     work = Work(accelerator, folder, options.batch_size, options.part, options.workers, options.skip_unreadable)
     key, no_rows = [stamp_of(settings["measured with"] | {"size": options.size})], Pass({}, [], [])
+    setting = Setting(pictures, options.features, options.frozen, options.precision, options.sample, seed=options.seed)
     reference = no_rows
     if waiting and meters.extractors:
         reference = rows_of(pictures, [*key, "reference"], meters.of_pictures, work, "reference")
@@ -304,8 +306,8 @@ def main(options: Options) -> dict[str, Any]:
             read = partial(meters.of_latents, vae)
             learned = rows_of(probe.train, [*key, *how, "latents"], read, work, f"{name}, to learn from")
         if accelerator.is_main_process:
-            numbers = numbers_of(vae, found, reference.rows, learned.rows, probe, options)
-            common = protocol_of(vae, found, pictures, options)
+            numbers = numbers_of(vae, found, reference.rows, learned.rows, probe, setting)
+            common = protocol_of(vae, found, setting)
             results.append(result_of(name, vae, weights[name], numbers, common))
             text = json.dumps({"settings": settings, "results": results}, indent=2, ensure_ascii=False)
             write_text(options.output, text + "\n")
@@ -317,7 +319,7 @@ def main(options: Options) -> dict[str, Any]:
             file.unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        show([result for result in results if result["vae"] in options.vae], options)
+        show([result for result in results if result["vae"] in options.vae], options.frozen, options.output)
     return {"settings": settings, "results": results}
 
 

@@ -2,14 +2,14 @@
 
     python examples/frechet.py --samples outputs/sit-50k.npz --reference VIRTUAL_imagenet256_labeled.npz \
         --inception weights-inception-2015-12-05-6726825d.pth
-    python examples/frechet.py --samples outputs/sit.npz --reference /data/val --encoder outputs/teacher
+    python examples/frechet.py --samples outputs/sit.npz --reference /data/val --features outputs/teacher
 
 FID, sFID, Inception score, precision and recall need torch-fidelity and its Inception weights. They are those of ADM's
 evaluator (openai/guided-diffusion, evaluations/evaluator.py) but for one thing: they compare with the pictures of the
 reference, and ADM's FID and sFID with the statistics of all of ImageNet, where the reference holds them too.
 
-Without Inception it says so, and measures the Fréchet distance between the features of `--encoder`, averaged over each
-picture. That number is comparable with others of the same encoder alone, and is no FID.
+Without Inception it says so, and measures the Fréchet distance in the features of an encoder, `--features`, averaged
+over each picture. That number is comparable with others of the same encoder alone, and is no FID.
 """
 
 import importlib
@@ -53,7 +53,7 @@ class Options:
     """An .npz with arr_0, uint8 N H W 3, as sample_sit.py writes it, or a folder of images."""
     reference: str
     """The same. Pictures of a folder are centre-cropped to the samples' size."""
-    encoder: str | None = None
+    features: str | None = None
     """Folder or Hub id of a SemanticEncoder, or a timm name."""
     inception: Path | None = None
     """torch-fidelity's Inception weights; None looks where torch-fidelity keeps them."""
@@ -65,8 +65,8 @@ class Options:
     """JSON file for the numbers."""
 
 
-class Pictures(Dataset):
-    """uint8 3 H W, of an .npz or a folder; or why it cannot be read.
+class PictureSet(Dataset):
+    """One of the two sets: uint8 3 H W, of an .npz or a folder; or why it cannot be read.
 
     Attributes:
         shape: (3, H, W) of each.
@@ -214,13 +214,13 @@ def load_inception(weights: Path, layers: list[str], device: torch.device) -> An
 
 def encoder_measures(samples: Dataset, reference: Dataset, options: Options, device: torch.device) -> dict[str, Any]:
     """The Fréchet distance in a SemanticEncoder's features, and whose they are."""
-    encoder = open_encoder(options.encoder, device)
+    encoder = open_encoder(options.features, device)
     with plain_errors():
         found = [
             features_of(pictures, partial(pooled_features, encoder), options, device)
             for pictures in (reference, samples)
         ]
-    return {"frechet_distance": warned_distance(*found), "features": f"{options.encoder}, mean over the grid"}
+    return {"frechet_distance": warned_distance(*found), "features": f"{options.features}, mean over the grid"}
 
 
 def inception_measures(
@@ -270,16 +270,16 @@ def main(options: Options) -> dict[str, Any]:
     absent = why_no_inception(weights)
     if absent:
         print(f"no FID, sFID, Inception score, precision and recall: {absent}")
-        if options.encoder is None:
-            raise SystemExit("nothing to measure with: pass --encoder, a SemanticEncoder, or bring Inception")
-    samples = Pictures(options.samples, options.size)
-    reference = Pictures(options.reference, samples.shape[-1])
+        if options.features is None:
+            raise SystemExit("nothing to measure with: pass --features, a SemanticEncoder, or bring Inception")
+    samples = PictureSet(options.samples, options.size)
+    reference = PictureSet(options.reference, samples.shape[-1])
     if reference.shape != samples.shape:
         raise SystemExit(f"samples are {samples.shape}, the reference {reference.shape}")
     numbers: dict[str, Any] = {"samples": len(samples), "reference": len(reference)}
     if not absent:
         numbers |= inception_measures(samples, reference, weights, options, device)
-    if options.encoder is not None:
+    if options.features is not None:
         numbers |= encoder_measures(samples, reference, options, device)
     text = json.dumps(numbers, indent=2)
     print(text)

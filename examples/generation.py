@@ -15,7 +15,7 @@ import sample_sit
 import torch
 import train_sit
 from accelerate import Accelerator, PartialState
-from cache_latents import CachedLatents, Images
+from cache_latents import CachedLatents, Images, ImageSource
 from checkpoints import accelerator_for
 from frechet import warned_distance
 from labelled import LabelledOptions
@@ -60,7 +60,7 @@ def generate(options: Options) -> Tensor:
     if not (model / "model" / STATISTICS).exists():  # which is written last
         cache_latents.main(
             cache_latents.Options(
-                vae, str(options.data), latents, size=options.size, moments=True, workers=options.workers
+                str(options.data), size=options.size, vae=vae, output=latents, moments=True, workers=options.workers
             )
         )
         side = CachedLatents(latents)[0][0].shape[-1]
@@ -103,7 +103,7 @@ def check_labelled(folder: Path, size: int) -> None:
         SystemExit: its pictures do not lie in one subfolder per class.
     """
     otherwise = "a SiT learns classes, from one subfolder each"
-    names = Images(cache_latents.Options("", str(folder), Path(), size=size), otherwise).names
+    names = Images(ImageSource(str(folder), size=size), otherwise).names
     classes, beside = {name.partition("/")[0] for name in names if "/" in name}, sum("/" not in name for name in names)
     if len(classes) < 2 or beside:
         raise SystemExit(

@@ -10,8 +10,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cache_latents import MANIFEST, NAMES, CachedLatents, Images, beside_classes, digest_of, shard_places, some
-from cache_latents import Options as ImageOptions
+from cache_latents import (
+    MANIFEST,
+    NAMES,
+    CachedLatents,
+    Images,
+    ImageSource,
+    beside_classes,
+    digest_of,
+    shard_places,
+    some,
+)
 from checkpoints import changed
 from safetensors import safe_open
 from sampling import generator_of, plain_errors
@@ -91,14 +100,13 @@ class Cached(Dataset):
         return torch.cat(moments).float(), class_of(self.latents.label(place), self.options), []
 
 
-class Pictures(Dataset):
+class LabelledPictures(Dataset):
     """(image 3 H W, label, what could not be read) by (position in the stream, place)."""
 
     def __init__(self, options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> None:
         self.options, self.seed = options, seed
-        where = {"split": options.split, "image_column": options.image_column, "label_column": options.label_column}
-        chosen = ImageOptions("", options.path, Path(), size=options.size, **where)
-        self.images = Images(chosen, "for a Hugging Face dataset name its --data.split")
+        source = ImageSource(options.path, options.split, options.image_column, options.label_column, size=options.size)
+        self.images = Images(source, "for a Hugging Face dataset name its --data.split")
         with plain_errors():
             self.shape = latent_shape(vae, options.size)
         found = (self.images[place][1] for place in range(len(self.images)))  # read up to the first that can be
@@ -139,14 +147,14 @@ def class_of(label: int, options: LabelledOptions) -> int:
     return 0 if options.classes == 1 else label
 
 
-def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cached | Pictures:
+def open_data(options: LabelledOptions, seed: int, vae: PSVAE | PixelVAE) -> Cached | LabelledPictures:
     """Cached latents or pictures.
 
     Raises:
         SystemExit: there is no data, its latents are not this VAE's, or some have no class.
     """
     cached = (Path(options.path) / MANIFEST).exists()
-    data = Cached(options, seed) if cached else Pictures(options, seed, vae)
+    data = Cached(options, seed) if cached else LabelledPictures(options, seed, vae)
     channels, height, width = data.shape
     if channels != vae.config.latent_channels:
         raise SystemExit(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cache_latents import some
-from reconstruction import Pictures, Rows
+from reconstruction import MeasuredPictures, Rows
 from sampling import generator_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -43,17 +43,25 @@ class Probe(NamedTuple):
     Attributes:
         known, unknown: classes by place: what is learned from, and what is tested.
         train: where the known are; None where they are in the data itself.
+        forms: of the latent that is read, see `latent_forms`.
         said: in words, for the protocol.
     """
 
     known: dict[int, str]
     unknown: dict[int, str]
-    train: Pictures | None
+    train: MeasuredPictures | None
+    forms: tuple[str, ...]
     said: str
 
 
-def plan_probe(pictures: Pictures, train: Pictures | None, options: Any) -> Probe:
-    """Who learns and who is tested, by the options of evaluate.py.
+def plan_probe(
+    pictures: MeasuredPictures, train: MeasuredPictures | None, forms: tuple[str, ...], share: float, seed: int
+) -> Probe:
+    """Who learns and who is tested: those of ``train`` teach where it is given.
+
+    Args:
+        share: of each class of the pictures that is held out to be tested where there is no ``train``; ``seed``
+            chooses it.
 
     Raises:
         SystemExit: classes are lacking, or pictures of them.
@@ -64,14 +72,14 @@ def plan_probe(pictures: Pictures, train: Pictures | None, options: Any) -> Prob
         if twice:
             raise SystemExit(f"{len(twice)} pictures of --data are in --probe-train too: {some(sorted(twice))}")
         known, unknown = labels_of(train), labels
-        split = f", split {train.options.split}" if train.options.split else ""
-        said = f"learned from {len(known)} pictures of {train.options.data}{split}, tested on all {len(unknown)}"
+        split = f", split {train.source.split}" if train.source.split else ""
+        said = f"learned from {len(known)} pictures of {train.source.data}{split}, tested on all {len(unknown)}"
     else:
-        unknown = held_out(labels, options)
+        unknown = held_out(labels, share, seed, pictures.source.data)
         known = {place: label for place, label in labels.items() if place not in unknown}
         said = (
-            f"learned from {len(known)} of the pictures, tested on {len(unknown)} others: {options.probe_share:g} of "
-            f"each class, drawn with seed {options.seed}"
+            f"learned from {len(known)} of the pictures, tested on {len(unknown)} others: {share:g} of "
+            f"each class, drawn with seed {seed}"
         )
     strange = sorted(set(unknown.values()) - set(known.values()))
     if strange:
@@ -82,49 +90,53 @@ def plan_probe(pictures: Pictures, train: Pictures | None, options: Any) -> Prob
         raise SystemExit(
             f"{len(known)} pictures to learn from came; the {NEIGHBOURS} nearest neighbours want as many or more"
         )
-    return Probe(known, unknown, train, f"{said}; {len(set(known.values()))} classes")
+    return Probe(known, unknown, train, forms, f"{said}; {len(set(known.values()))} classes")
 
 
-def labels_of(pictures: Pictures) -> dict[int, str]:
-    """By place, of those that are measured."""
+def labels_of(pictures: MeasuredPictures) -> dict[int, str]:
+    """The class of each picture that is measured, by its place.
+
+    Raises:
+        SystemExit: some have none.
+    """
     classes = pictures.classes()
     found = {place: classes[place] for place in pictures.places}
     without = [pictures.name(place) for place, label in found.items() if not label]
     if without:
         raise SystemExit(
-            f"{len(without)} pictures of {pictures.options.data} have no class: {some(without)}; --probe wants one "
+            f"{len(without)} pictures of {pictures.source.data} have no class: {some(without)}; --probe wants one "
             "subfolder per class and nothing beside, or a --label-column with a label in each row"
         )
     return found
 
 
-def held_out(labels: dict[int, str], options: Any) -> dict[int, str]:
-    """A share of each class, of one picture or more."""
+def held_out(labels: dict[int, str], share: float, seed: int, data: str) -> dict[int, str]:
+    """A share of each class, of one picture or more; ``data`` is what messages call them."""
     found = {}
     for label in sorted(set(labels.values())):
         mine = [place for place, name in labels.items() if name == label]
         if len(mine) < 2:
-            raise SystemExit(f"{options.data} has one picture of the class {label}; to learn and to test takes two")
-        order = torch.randperm(len(mine), generator=generator_of(options.seed, "probe", label)).tolist()
-        some_of = order[: min(len(mine) - 1, max(1, round(options.probe_share * len(mine))))]
+            raise SystemExit(f"{data} has one picture of the class {label}; to learn and to test takes two")
+        order = torch.randperm(len(mine), generator=generator_of(seed, "probe", label)).tolist()
+        some_of = order[: min(len(mine) - 1, max(1, round(share * len(mine))))]
         found |= {mine[number]: label for number in sorted(some_of)}
     return found
 
 
-def refuse_too_large(options: Any, vae: PSVAE | PixelVAE, probe: Probe, name: str) -> None:
+def refuse_too_large(vae: PSVAE | PixelVAE, probe: Probe, size: int, name: str) -> None:
     """Latents that this machine's memory cannot hold, before they are computed."""
-    cells = (options.size // vae.config.spatial_compression_ratio) ** 2
+    cells = (size // vae.config.spatial_compression_ratio) ** 2
     count = len(probe.known) + len(probe.unknown)
     taken = 3 * 4 * count * vae.config.latent_channels * cells  # float32; as read, standardised, and in the solver
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if "flat" in options.probe_on and taken > there:
+    if "flat" in probe.forms and taken > there:
         raise SystemExit(
             f"a probe on all numbers of {count} latents of {name} takes some {taken / 1e9:.0f} GB, and this machine "
             f"has {there / 1e9:.0f}: pass --probe-on pooled, or fewer pictures by --count and --probe-count"
         )
 
 
-def probed(rows: Rows, learned: Rows, probe: Probe, options: Any, latent: str) -> dict[str, dict[str, Any]]:
+def probed(rows: Rows, learned: Rows, probe: Probe, latent: str) -> dict[str, dict[str, Any]]:
     """Each number with what belongs to its protocol; ``latent`` says what was read."""
     read_as = {"pooled": "mean over the cells of the latent", "flat": "all numbers of the latent"}
     names = sorted(set(probe.known.values()))
@@ -135,7 +147,7 @@ def probed(rows: Rows, learned: Rows, probe: Probe, options: Any, latent: str) -
         return found, np.array([names.index(label) for _, label in kept])
 
     numbers: dict[str, dict[str, Any]] = {}
-    for form in options.probe_on:
+    for form in probe.forms:
         known = chosen(rows if probe.train is None else learned, form, probe.known)
         unknown = chosen(rows, form, probe.unknown)
         with warnings.catch_warnings(record=True) as said:

@@ -1,14 +1,17 @@
 """Numbers of evaluate.py with what they are beside them: which pictures, how they were cut, what measured them."""
 
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from cache_latents import some
 from frechet import frechet_distance, too_few
 from measures import active_share
 from probes import Probe, probed
-from reconstruction import Pass, Pictures, Rows
+from reconstruction import MeasuredPictures, Pass, Rows
 from torch import Tensor
 
 from psvae import PSVAE, PixelVAE
@@ -16,8 +19,25 @@ from psvae import PSVAE, PixelVAE
 COMMON = ("pictures", "resize", "crop", "latent", "reconstruction", "precision", "left_out")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all codecs are measured on and with, as it was asked for.
+
+    Attributes:
+        features, frozen: names of encoders; None where there is none.
+        sample: latents are drawn, with ``seed``.
+    """
+
+    pictures: MeasuredPictures
+    features: str | None
+    frozen: str | None
+    precision: str
+    sample: bool
+    seed: int
+
+
 def numbers_of(
-    vae: PSVAE | PixelVAE, found: Pass, reference: Rows, learned: Rows, probe: Probe | None, options: Any
+    vae: PSVAE | PixelVAE, found: Pass, reference: Rows, learned: Rows, probe: Probe | None, setting: Setting
 ) -> dict[str, dict[str, Any]]:
     """By name: value, what it is, and what else belongs to its protocol."""
     rows, metrics = found.rows, f"torchmetrics {version('torchmetrics')}"
@@ -41,7 +61,7 @@ def numbers_of(
     extractors = {
         "rfid": f"Inception v3 of FID's TensorFlow weights, 2048 pooled features (torch-fidelity "
         f"{version('torch-fidelity')})",
-        "frechet_distance": f"{options.features}, mean over its grid",
+        "frechet_distance": f"{setting.features}, mean over its grid",
     }
     for name, extractor in extractors.items():
         if f"{name} features" not in rows:
@@ -55,20 +75,21 @@ def numbers_of(
             "reference": f"the same {len(real)} pictures, cut and in 8 bits as the codec got them",
         } | ({"warning": said} if said else {})
     if "feature_cosine" in rows:
-        whose = f"{options.frozen}" if options.frozen else "the codec's own encoder"
+        whose = setting.frozen or "the codec's own encoder"
         numbers["feature_cosine"] = {
             "value": float(rows["feature_cosine"].mean()),
             "measure": "cosine of features rebuilt from the latent, token by token, mean over tokens and pictures",
             "reference": f"features of {whose} from the same pictures",
         }
     if "moments" in rows:
+        side = setting.pictures.source.size // vae.config.spatial_compression_ratio
         numbers["active_channels"] = {
-            "value": active_of(rows["moments"], (options.size // vae.config.spatial_compression_ratio) ** 2),
+            "value": active_of(rows["moments"], side**2),
             "measure": "share of latent channels that carry more than 0.01 nat per cell, ½ log(1 + variance of the "
             "posterior's mean / mean of its variance)",
             "latent": "the posterior's mean and variance",
         }
-    return numbers | (probed(rows, learned, probe, options, mean_of(vae)) if probe is not None else {})
+    return numbers | (probed(rows, learned, probe, mean_of(vae)) if probe is not None else {})
 
 
 def active_of(moments: Tensor, cells: int) -> float:
@@ -83,25 +104,25 @@ def has_posterior(vae: PSVAE | PixelVAE) -> bool:
 
 
 def mean_of(vae: PSVAE | PixelVAE) -> str:
-    """In words."""
+    """What the latent is where none is drawn, in words."""
     return "the posterior's mean" if has_posterior(vae) else "the encoder's features, no posterior"
 
 
-def protocol_of(vae: PSVAE | PixelVAE, found: Pass, pictures: Pictures, options: Any) -> dict[str, str]:
+def protocol_of(vae: PSVAE | PixelVAE, found: Pass, setting: Setting) -> dict[str, str]:
     """What all numbers of a codec have in common."""
-    device = vae.device
-    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[options.precision]
-    if device.type == "cuda" and options.precision == "no" and torch.backends.cudnn.allow_tf32:
+    device, pictures, source = vae.device, setting.pictures, setting.pictures.source
+    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[setting.precision]
+    if device.type == "cuda" and setting.precision == "no" and torch.backends.cudnn.allow_tf32:
         precision += ", convolutions in TF32"
-    draws = options.sample and has_posterior(vae)
-    enlarged, split = int(found.rows["enlarged"].sum()), f", split {options.split}" if options.split else ""
+    draws = setting.sample and has_posterior(vae)
+    enlarged, split = int(found.rows["enlarged"].sum()), f", split {source.split}" if source.split else ""
     said = {
-        "pictures": f"{len(found.rows['place'])} of the {len(pictures)} of {options.data}{split}"
+        "pictures": f"{len(found.rows['place'])} of the {len(pictures)} of {source.data}{split}"
         + (", spread evenly over them" if len(pictures.places) < len(pictures) else ""),
-        "resize": f"short side to {options.size} pixels, bilinear with antialiasing (Pillow)"
+        "resize": f"short side to {source.size} pixels, bilinear with antialiasing (Pillow)"
         + (f"; {enlarged} were smaller and are enlarged" if enlarged else ""),
-        "crop": f"centre, {options.size} x {options.size}",
-        "latent": f"a draw of the posterior, seed {options.seed}" if draws else mean_of(vae),
+        "crop": f"centre, {source.size} x {source.size}",
+        "latent": f"a draw of the posterior, seed {setting.seed}" if draws else mean_of(vae),
         "reconstruction": "clamped to [-1, 1] and rounded to 8 bits",
         "precision": f"{precision}, on {device.type}",
     }
@@ -125,7 +146,21 @@ def result_of(
     }
 
 
-def show(results: list[dict[str, Any]], options: Any) -> None:
+def about_cosine(results: list[dict[str, Any]], frozen: str | None) -> list[str]:
+    """What --frozen would do for the PSVAEs of the table, a line each."""
+    has = {result["vae"]: "feature_cosine" in result["numbers"] for result in results if result["class"] == "PSVAE"}
+    lines = []
+    if any(has.values()) and frozen is None:
+        lines.append(
+            "feature_cosine is with the codec's own encoder, which stage 2 tunes; --frozen compares with another, such "
+            "as the one before it"
+        )
+    if lacking := [name for name, there in has.items() if not there]:
+        lines.append(f"no feature_cosine of {some(lacking)}: no SemanticVAE rebuilds features for --frozen to compare")
+    return lines
+
+
+def show(results: list[dict[str, Any]], frozen: str | None, file: Path) -> None:
     """One row for each number, one column for each codec; below, the protocols."""
     names = list(dict.fromkeys(name for result in results for name in result["numbers"]))
     heads = [f"{result['vae'][-24:]}" for result in results]
@@ -136,6 +171,8 @@ def show(results: list[dict[str, Any]], options: Any) -> None:
             number = result["numbers"].get(name)
             cells.append("" if number is None else "infinite" if number["value"] is None else f"{number['value']:.4f}")
         print(f"{name:20s}" + "".join(f"{cell:>26s}" for cell in cells))
+    for line in about_cosine(results, frozen):
+        print(line)
     said: dict[str, None] = {}
     for result in results:
         for name, number in result["numbers"].items():
@@ -143,4 +180,4 @@ def show(results: list[dict[str, Any]], options: Any) -> None:
                 print(f"warning, {name} of {result['vae']}: {number['protocol']['warning']}", file=sys.stderr)
         first = next(iter(result["numbers"].values()))["protocol"]
         said["; ".join(first[key] for key in COMMON if key in first)] = None
-    print("\n" + "\n".join(said) + f"\nthe protocol of each number: {options.output}")
+    print("\n" + "\n".join(said) + f"\nthe protocol of each number: {file}")

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from cache_latents import Images, generators_of, some
-from cache_latents import Options as ImageOptions
+from cache_latents import Images, ImageSource, generators_of, some
 from checkpoints import write_whole
 from data import center_transform, spread
 from measures import each_picture, eight_bits
@@ -33,7 +32,7 @@ from psvae.losses import cosine_similarity_map
 Rows = dict[str, Tensor]  # a number, or more of them, of each picture
 
 
-class Pictures(Images):
+class MeasuredPictures(Images):
     """(place, (pixels uint8 3 H W, whether they were enlarged), label), or why it cannot be read instead of the pixels.
 
     Args:
@@ -43,13 +42,13 @@ class Pictures(Images):
         places: of those.
     """
 
-    def __init__(self, options: ImageOptions, count: int | None) -> None:
-        super().__init__(options)
-        self.options, self.crop, self.transform = options, center_transform(options.size), self._pixels
+    def __init__(self, source: ImageSource, count: int | None) -> None:
+        super().__init__(source)
+        self.source, self.crop, self.transform = source, center_transform(source.size), self._pixels
         self.places = list(range(len(self))) if count is None else spread(len(self), count)
 
     def _pixels(self, image: Image.Image) -> tuple[Tensor, bool]:
-        return eight_bits(self.crop(image)), min(image.size) < self.options.size
+        return eight_bits(self.crop(image)), min(image.size) < self.source.size
 
     def name(self, place: int) -> str:
         return f"row {place}" if self.table is not None else str(self.root / self.names[place])
@@ -73,7 +72,7 @@ class Pictures(Images):
         ]
 
     def stamp(self, places: list[int]) -> str:
-        """Other where a picture is another."""
+        """A digest of the pictures at these places: another if one is replaced, and if their files are written anew."""
         if self.table is not None:
             return stamp_of([self.table._fingerprint, places])
         return stamp_of([[self.names[place], *self._state(self.root / self.names[place])] for place in places])
@@ -123,7 +122,7 @@ class Pass(NamedTuple):
 
 
 def rows_of(
-    pictures: Pictures, key: list[str], read: Callable[[Tensor, list[int]], Rows], work: Work, title: str
+    pictures: MeasuredPictures, key: list[str], read: Callable[[Tensor, list[int]], Rows], work: Work, title: str
 ) -> Pass:
     """What ``read`` says of uint8 ``B 3 H W`` and their places, with ``place`` and ``enlarged``. All processes call it
     and share the parts.
@@ -152,7 +151,7 @@ def rows_of(
         return Pass({}, [], [])
     found = [part for part in map(load_file, files) if len(part["place"])]
     if not found:
-        raise SystemExit(f"none of the {len(places)} pictures of {pictures.options.data} can be read")
+        raise SystemExit(f"none of the {len(places)} pictures of {pictures.source.data} can be read")
     rows = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     kept = set(rows["place"].tolist())
     left_out = [pictures.name(place) for place in places if place not in kept]
@@ -165,7 +164,7 @@ def rows_of(
 
 
 def _read_parts(
-    pictures: Pictures,
+    pictures: MeasuredPictures,
     parts: list[tuple[list[int], Path]],
     read: Callable[[Tensor, list[int]], Rows],
     work: Work,
@@ -247,7 +246,7 @@ class Meters:
         return latent_forms(posterior.mode().float(), self.probed)
 
     @torch.no_grad()
-    def of_codec(self, vae: PSVAE | PixelVAE, pictures: Pictures, pixels: Tensor, places: list[int]) -> Rows:
+    def of_codec(self, vae: PSVAE | PixelVAE, pictures: MeasuredPictures, pixels: Tensor, places: list[int]) -> Rows:
         """Of reconstructions, features and latents.
 
         Raises:
@@ -264,14 +263,12 @@ class Meters:
                     f"the reconstruction of {some(broken)} holds NaN or infinity; wanted finite numbers: look at the "
                     "weights, or at --precision"
                 )
-            rebuilt = getattr(output, "rebuilt_features", None)
-            wanted = images.new_empty(0)
-            if rebuilt is not None:
-                wanted = output.features if self.frozen is None else self.frozen(images)
         made = eight_bits(output.sample)
         rows = each_picture(made, pixels, self.lpips)
         rows |= {f"{name} features": extract(made) for name, extract in self.extractors.items()}
+        rebuilt = getattr(output, "rebuilt_features", None)
         if rebuilt is not None:
+            wanted = output.features if self.frozen is None else self.frozen(images)
             rows["feature_cosine"] = cosine_similarity_map(rebuilt, wanted).mean(dim=(1, 2))
         posterior = output.posterior
         if not posterior.deterministic:

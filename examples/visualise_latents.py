@@ -15,8 +15,7 @@ from typing import Annotated
 import matplotlib
 import torch
 import tyro
-from cache_latents import Images
-from cache_latents import Options as ImageOptions
+from cache_latents import Images, ImageSource
 from data import spread
 from pictures import principal_colours
 from sampling import load_measured_vae, plain_errors, scale_latents, vae_folder
@@ -98,7 +97,7 @@ def check(options: Options) -> None:
 def read(options: Options) -> tuple[Tensor, list[int], dict[int, str]]:
     """(images ``B 3 H W`` in [-1, 1], their classes by number, the classes' names)."""
     same = ("data", "split", "image_column", "label_column", "size")
-    data = Images(ImageOptions(vae="", output=Path(), **{name: getattr(options, name) for name in same}))
+    data = Images(ImageSource(**{name: getattr(options, name) for name in same}))
     found = [data[place] for place in spread(len(data), options.count)]
     for _, fault, _ in found:
         if isinstance(fault, str):

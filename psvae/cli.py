@@ -192,7 +192,6 @@ def descriptor(
     by: Literal["statistics", "constants"] | None = None,
     statistics: Path | None = None,
     images: tuple[Path, ...] = (),
-    taesd: str | None = None,
     name: str = "PSVAELatent",
     device: str = "cpu",
     where: Where = ANYWHERE,
@@ -205,7 +204,6 @@ def descriptor(
         by: what a PixelVAE's generator sees latents by, where it has both.
         statistics: a file of them, such as the mean_std.json of ReaLS; None for those in the weights.
         images: photographs to fit the preview's colours on; without any, there is no preview.
-        taesd: how the name of a tiny decoder's file in ComfyUI's models/vae_approx begins, where there is one.
         name: of the class.
         device: such as cpu or cuda.
     """
@@ -222,7 +220,7 @@ def descriptor(
         stride = vae.config.spatial_compression_ratio
         preview = fit_preview(vae, (_read_picture(path, stride).to(device) for path in images), by=by)
         _say("preview", f"explains {100 * preview.explained:.1f} % of the colours' variance over {len(images)} images")
-    found = latent_format(vae, by=by, preview=preview, taesd_decoder_name=taesd)
+    found = latent_format(vae, by=by, preview=preview)
     write_text(output, found.to_json() if output.suffix == ".json" else found.to_python(name))
     _say(
         "written",

@@ -25,11 +25,6 @@ __all__ = ["LatentFormat", "Preview", "fit_preview", "latent_format"]
 
 RGB = tuple[float, float, float]
 By = Literal["statistics", "constants"]
-_IN = {
-    None: ("latent", "latent"),
-    "constants": ("(latent - shift_factor) * scale_factor", "latent / scale_factor + shift_factor"),
-    "statistics": ("(latent - latents_mean) / latents_std", "latent * latents_std + latents_mean"),
-}
 
 
 class Preview(NamedTuple):
@@ -56,7 +51,6 @@ class LatentFormat(Config):
             ``"constants"``: (z − shift) · scale. ``"statistics"``: (z − mean) / std, per channel.
         scale_factor, shift_factor, latents_mean, latents_std: of that; 1, 0 and None where it is not applied.
         latent_rgb_factors, latent_rgb_factors_bias: of the preview; None for no preview.
-        taesd_decoder_name: how a tiny decoder's file in ComfyUI's ``models/vae_approx`` begins; None for none.
     """
 
     latent_channels: int
@@ -68,7 +62,6 @@ class LatentFormat(Config):
     latents_std: tuple[float, ...] | None = None
     latent_rgb_factors: tuple[RGB, ...] | None = None
     latent_rgb_factors_bias: RGB | None = None
-    taesd_decoder_name: str | None = None
 
     def validate(self) -> None:
         self.require(self.scale_factor != 0, "scale_factor", "a number to divide by")
@@ -100,8 +93,8 @@ class LatentFormat(Config):
 
     def to_json(self) -> str:
         """All of it, with the two formulas in words."""
-        process_in, process_out = _IN[self.applied]
-        content = {**self.to_dict(), "process_in": process_in, "process_out": process_out}
+        kind = _KINDS[self.applied]
+        content = {**self.to_dict(), "process_in": kind.process_in, "process_out": kind.process_out}
         return json.dumps(content, indent=2) + "\n"
 
     def to_python(self, name: str = "PSVAELatent") -> str:
@@ -114,39 +107,52 @@ class LatentFormat(Config):
             raise ConfigError(f"the class's name is {name!r}; wanted a Python name, such as PSVAELatent")
         values = {field: value for field, value in self.to_dict().items() if field != "applied"}
         fields = "\n".join(f"    {field} = {_literal(value)}" for field, value in values.items())
-        methods = "\n".join(
-            f"    def {method}(self, latent):\n        {_body(self.applied, formula)}\n"
-            for method, formula in zip(("process_in", "process_out"), _IN[self.applied], strict=True)
-        )
+        kind = _KINDS[self.applied]
         return (
-            f'"""{_MEANING[self.applied]}\n\nWritten by psvae: psvae descriptor."""\n\nimport torch\n\n'
+            f'"""A latent format of ComfyUI. {kind.meaning}\n\nWritten by psvae: psvae descriptor."""\n\n'
+            "import torch\n\n"
             "try:\n    from comfy.latent_formats import LatentFormat\n"
             "except ModuleNotFoundError:  # outside ComfyUI\n    LatentFormat = object\n\n\n"
-            f"class {name}(LatentFormat):\n    latent_dimensions = 2\n{fields}\n\n{methods}{_HELPER[self.applied]}"
+            f"class {name}(LatentFormat):\n    latent_dimensions = 2\n{fields}\n\n"
+            f"    def process_in(self, latent):\n{kind.names}        return {kind.process_in}\n\n"
+            f"    def process_out(self, latent):\n{kind.names}        return {kind.process_out}\n{kind.helper}"
         )
 
 
-_MEANING = {
-    None: "A latent format of ComfyUI. The VAE's encode gives latents as the generator sees them: nothing is applied.",
-    "constants": "A latent format of ComfyUI. The VAE's latents are raw: the generator sees (z - shift) * scale.",
-    "statistics": "A latent format of ComfyUI. The VAE's latents are raw: the generator sees (z - mean) / std.",
-}
-_STATISTICS = """
+class _Kind(NamedTuple):
+    """What is written of one kind.
+
+    Attributes:
+        process_in, process_out: formulas, for people, and for Python after the line ``names``.
+    """
+
+    meaning: str
+    process_in: str
+    process_out: str
+    names: str = ""
+    helper: str = ""
+
+
+_KINDS = {
+    None: _Kind("The VAE's encode gives latents as the generator sees them: nothing is applied.", "latent", "latent"),
+    "constants": _Kind(
+        "The VAE's latents are raw: the generator sees (z - shift) * scale.",
+        "(latent - shift_factor) * scale_factor",
+        "latent / scale_factor + shift_factor",
+        names="        shift_factor, scale_factor = self.shift_factor, self.scale_factor\n",
+    ),
+    "statistics": _Kind(
+        "The VAE's latents are raw: the generator sees (z - mean) / std.",
+        "(latent - latents_mean) / latents_std",
+        "latent * latents_std + latents_mean",
+        names="        latents_mean, latents_std = self._statistics(latent)\n",
+        helper="""
     def _statistics(self, latent):
         values = (self.latents_mean, self.latents_std)
         return (torch.tensor(x, dtype=latent.dtype, device=latent.device).view(1, -1, 1, 1) for x in values)
-"""
-_HELPER = {None: "", "constants": "", "statistics": _STATISTICS}
-
-
-def _body(applied: By | None, formula: str) -> str:
-    """Of a method that computes the formula."""
-    for field in ("shift_factor", "scale_factor"):
-        formula = formula.replace(field, f"self.{field}")
-    if applied != "statistics":
-        return f"return {formula}"
-    short = formula.replace("latents_mean", "mean").replace("latents_std", "std")
-    return f"mean, std = self._statistics(latent)\n        return {short}"
+""",
+    ),
+}
 
 
 def _literal(value: Any) -> str:
@@ -156,9 +162,7 @@ def _literal(value: Any) -> str:
     return repr(value)
 
 
-def latent_format(
-    source: Any, *, by: By | None = None, preview: Preview | None = None, taesd_decoder_name: str | None = None
-) -> LatentFormat:
+def latent_format(source: Any, *, by: By | None = None, preview: Preview | None = None) -> LatentFormat:
     """The descriptor of a VAE's latents, or of a `LatentSpec` alone.
 
     A `PSVAE` normalises inside encode and decode, so nothing is left to apply. A `PixelVAE` gives raw latents, and its
@@ -169,17 +173,13 @@ def latent_format(
         source: `PSVAE`, `PixelVAE`, or a `LatentSpec`, which knows of no constants.
         by: of a `PixelVAE` that has both, which its generator was trained on. None: what there is.
         preview: from `fit_preview`.
-        taesd_decoder_name: see `LatentFormat`.
 
     Raises:
         ConfigError: both are there and ``by`` does not choose; the one asked for is not there; the statistics are per
             element, which hold for one grid alone.
     """
     spec: LatentSpec = getattr(source, "latent_spec", source)
-    fields: dict[str, Any] = {
-        "latent_channels": spec.channels, "spacial_downscale_ratio": spec.stride,
-        "taesd_decoder_name": taesd_decoder_name,
-    }  # fmt: skip
+    fields: dict[str, Any] = {"latent_channels": spec.channels, "spacial_downscale_ratio": spec.stride}
     if preview is not None:
         fields |= {"latent_rgb_factors": preview.factors, "latent_rgb_factors_bias": preview.bias}
     applied = _applied(source, spec, by)

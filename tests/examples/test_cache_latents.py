@@ -298,10 +298,10 @@ def test_an_image_that_is_removed_is_left_out_of_its_shard(workspace, own_copy, 
 
 def test_a_class_that_is_removed_does_not_renumber_the_others(workspace, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from cache_latents import Images, Options, resume
+    from cache_latents import Images, ImageSource, resume
 
     shutil.copytree(workspace / "images/dog", tmp_path / "images/dog")
-    images = Images(Options("vae", str(tmp_path / "images"), tmp_path))
+    images = Images(ImageSource(str(tmp_path / "images")))
     assert images.labels == [0] * 4
     resume(workspace / "whole", images)
     assert images.labels == [0] * 6 + [1] * 4

@@ -186,6 +186,30 @@ def test_each_number_has_its_protocol(world, tmp_path):
     assert ours["latent"] == {"channels": 8, "stride": 8}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_table_says_what_frozen_would_do(world, tmp_path, capsys, frozen):
+    more = {"frozen": str(world / "teacher")} if frozen else {}
+    evaluate.main(asked(world, tmp_path, "psvae", "rae", "pixel", count=4, **more))
+    printed = capsys.readouterr().out
+    assert ("feature_cosine is with the codec's own encoder" in printed) != frozen
+    assert f"no feature_cosine of {world / 'rae'}: no SemanticVAE" in printed
+    assert f"no feature_cosine of {world / 'pixel'}" not in printed
+
+
+def test_the_frozen_encoder_is_not_in_the_codecs_precision(world, tmp_path):
+    teacher = str(world / "teacher")
+    options = asked(world, tmp_path, "psvae", frozen=teacher, precision="bf16", batch_size=28)
+    [result] = evaluate.main(options)["results"]
+    vae = PSVAE.from_pretrained(world / "psvae")
+    ours = pixels_of(world / "pictures").float() / 127.5 - 1
+    with torch.no_grad():
+        wanted = evaluate.open_encoder(teacher, torch.device("cpu"))(ours)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = vae(ours, sample_posterior=False).rebuilt_features
+    cosine = F.cosine_similarity(found.float(), wanted, dim=1).mean()
+    assert values(result)["feature_cosine"] == pytest.approx(float(cosine), abs=1e-6)
+
+
 def test_a_codec_that_rebuilds_exactly(world, tmp_path):
     (tmp_path / "gray").mkdir()
     for place in range(3):

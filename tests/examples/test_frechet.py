@@ -127,7 +127,7 @@ def test_the_distance_is_named_for_its_encoder_and_never_fid(tmp_path, capsys):
     files = sorted((tmp_path / "images").rglob("*.png"))
     np.savez(tmp_path / "samples.npz", arr_0=np.stack([np.array(Image.open(file)) for file in files]))
     asked = frechet.Options(
-        samples=str(tmp_path / "samples.npz"), reference=str(tmp_path / "images"), encoder=str(tmp_path / "teacher"),
+        samples=str(tmp_path / "samples.npz"), reference=str(tmp_path / "images"), features=str(tmp_path / "teacher"),
         inception=tmp_path / "none.pth", workers=0, output=tmp_path / "numbers.json",
     )  # fmt: skip
     numbers = frechet.main(asked)
@@ -138,8 +138,8 @@ def test_the_distance_is_named_for_its_encoder_and_never_fid(tmp_path, capsys):
     assert "no FID, sFID, Inception score, precision and recall:" in capsys.readouterr().out
     halved = dataclasses.replace(asked, samples=str(tmp_path / "images" / "class0"), size=SIZE)
     assert frechet.main(halved)["frechet_distance"] > 0.01
-    with pytest.raises(SystemExit, match="nothing to measure with: pass --encoder"):
-        frechet.main(dataclasses.replace(asked, encoder=None))
+    with pytest.raises(SystemExit, match="nothing to measure with: pass --features"):
+        frechet.main(dataclasses.replace(asked, features=None))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_holds_no_pictures_is_said(tmp_path, damage, said):
     np.savez_compressed(file, arr_0=pixels(2, 0))
     damage(file)
     with pytest.raises(SystemExit, match=f"samples.npz {said}"):
-        frechet.Pictures(str(file), SIZE)
+        frechet.PictureSet(str(file), SIZE)
 
 
 def npy(array):
@@ -187,7 +187,7 @@ def test_unreadable_pictures_are_all_named(tmp_path, workers):
     for file in (files[0], files[7]):
         file.write_bytes(file.read_bytes()[:60])
     asked = frechet.Options(
-        samples=str(tmp_path / "images"), reference=str(tmp_path / "images"), encoder=str(tmp_path / "teacher"),
+        samples=str(tmp_path / "images"), reference=str(tmp_path / "images"), features=str(tmp_path / "teacher"),
         inception=tmp_path / "none.pth", workers=workers, batch_size=3, size=SIZE,
     )  # fmt: skip
     with pytest.raises(SystemExit, match=r"2 pictures cannot be read: .*mend or remove them") as refused:

@@ -44,7 +44,7 @@ def world(tmp_path_factory):
         output = root / ("moments" if fields else "latents")
         cache_latents.main(
             cache_latents.Options(
-                str(root / "vae"), str(root / "images"), output, size=SIZE, shard_size=5, workers=0, **fields
+                str(root / "images"), size=SIZE, vae=str(root / "vae"), output=output, shard_size=5, workers=0, **fields
             )
         )
     return root
@@ -429,7 +429,9 @@ def test_a_cache_of_another_vae_is_refused(world, tmp_path):
     vae, cache = scaled(world, tmp_path / "vae", 1.0), tmp_path / "cache"
     fresh_accelerator()
     pictures = str(world / "images")
-    cache_latents.main(cache_latents.Options(str(world / "unmeasured"), pictures, cache, size=SIZE, workers=0))
+    cache_latents.main(
+        cache_latents.Options(pictures, size=SIZE, vae=str(world / "unmeasured"), output=cache, workers=0)
+    )
     assert train(world, tmp_path / "out", cache, vae=vae, steps=1) > 0
 
 
@@ -445,7 +447,9 @@ def test_an_image_beside_the_classes_is_refused(world, tmp_path, capsys, cached)
             return folder
         fresh_accelerator()
         output = tmp_path / name
-        cache_latents.main(cache_latents.Options(str(world / "vae"), str(folder), output, size=SIZE, workers=0))
+        cache_latents.main(
+            cache_latents.Options(str(folder), size=SIZE, vae=str(world / "vae"), output=output, workers=0)
+        )
         return output
 
     mixed = data(tmp_path / "images", "mixed")
@@ -472,7 +476,7 @@ def test_rows_without_a_label_are_refused(world, tmp_path):
         train(world, tmp_path / "out", **table)
     assert train(world, tmp_path / "out", **table, classes=1, steps=1) > 0
     asked = cache_latents.Options(
-        str(world / "vae"), str(tmp_path / "table"), tmp_path / "cache", split="train", size=SIZE, workers=0
+        str(tmp_path / "table"), "train", size=SIZE, vae=str(world / "vae"), output=tmp_path / "cache", workers=0
     )
     with pytest.raises(SystemExit, match=r"table has no label in row 1, row 3; wanted one in each row: see --label"):
         cache_latents.main(asked)

@@ -75,14 +75,13 @@ def test_in_and_out_are_the_vae_s_own(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_written_class_gives_the_same_numbers(case, tmp_path, dtype):
     source, _, applied = case
-    found = latent_format(source, by=applied, preview=PREVIEW, taesd_decoder_name="taepsvae")
+    found = latent_format(source, by=applied, preview=PREVIEW)
     theirs = written(found.to_python(), tmp_path)
     raw = (latents(2, 3, 5) * 2 + 1).to(dtype)
     assert theirs.process_in(raw).equal(found.process_in(raw))
     assert theirs.process_out(raw).equal(found.process_out(raw))
     assert theirs.process_in(raw).dtype == dtype
     assert (theirs.latent_channels, theirs.latent_dimensions, theirs.spacial_downscale_ratio) == (8, 2, 8)
-    assert theirs.taesd_decoder_name == "taepsvae"
     assert torch.tensor(theirs.latent_rgb_factors).shape == (8, 3)
     assert theirs.latent_rgb_factors_bias == [0.1, 0.0, -0.1]
 
