@@ -245,9 +245,9 @@ def cached_triples(world, root, contents, **more):
     make_table(root / "triples" / "train-0.parquet", text=CAPTIONS[: len(contents["image"])], **contents)
     for side in contents:
         fresh_accelerator()
-        where = (str(world / "vae"), str(root / "triples"), root / f"{side}_latents")
+        where = {"vae": str(world / "vae"), "data": str(root / "triples"), "output": root / f"{side}_latents"}
         chosen = {"split": "train", "image_column": side, "label_column": None, "shard_size": 3, "workers": 0}
-        cache.main(cache.Options(*where, size=SIZE, **chosen, **more))
+        cache.main(cache.Options(**where, size=SIZE, **chosen, **more))
     data = data_options(root, source="source")
     return data, dataclasses.replace(data, latents=root / "image_latents", source_latents=root / "source_latents")
 
@@ -324,8 +324,7 @@ def test_a_cache_of_files_is_refused(world, tmp_path):
     """Their order need not be the table's."""
     cache = script("cache_latents")
     fresh_accelerator()
-    files = (str(world / "vae"), str(world / "pictures"), tmp_path)
-    cache.main(cache.Options(*files, size=SIZE, workers=0))
+    cache.main(cache.Options(str(world / "pictures"), vae=str(world / "vae"), output=tmp_path, size=SIZE, workers=0))
     with pytest.raises(SystemExit, match=r"\(split: None before, 'train' now\)"):
         pairs.pair_batches(data_options(world, "pictures", latents=tmp_path))
 
