@@ -8,7 +8,9 @@ from reproduction.spaces import ABLATED, CONVOLUTIONAL, PHASES, PS_VAE, SWEEP
 
 GENERATED = ("rae-hd", "rae", "s-vae", PS_VAE, "p-vae", *CONVOLUTIONAL)  # with every seed: Tables 2, 4 and 6, and ReaLS
 MEANS = f"{PS_VAE}-means"  # PS-VAE, with a generator of its posterior's means
-ONCE = (MEANS, "mlp", "on-features")  # a generator of the first seed alone
+WIDEST = f"ps-vae-{SWEEP[-1]}"
+ONCE = (MEANS, "mlp", "on-features", WIDEST)  # a generator of the first seed alone
+LONGER = ("rae", PS_VAE)  # trained longer too, the first seed
 SEEDS = (0, 1, 2)  # of the spaces and of the generators in them
 ABLATED_GENERATORS = ("KL weight", "L_s : L_p")  # what a generator could mind
 
@@ -30,6 +32,9 @@ class Plan:
     """Of each space; half of them before the encoder is tuned."""
     space_batch: int = 32
     ablation_steps: int = 750
+    longer: int = 3
+    """Times as many steps, of `LONGER`. These and the generator in `WIDEST` were added after the first seed's results:
+    would a longer training, or more channels, turn the order of RAE and PS-VAE?"""
     generator_steps: int = 1500
     """Of each generator; half of them in the ablations."""
     generator_batch: int = 64

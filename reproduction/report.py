@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from reproduction.orderings import ORDERINGS, Results, over_seeds, spread, verdict
-from reproduction.plan import ABLATED_GENERATORS, GENERATED, MEANS, ONCE, PS_VAE, SEEDS, SWEEP
+from reproduction.plan import ABLATED_GENERATORS, GENERATED, LONGER, MEANS, ONCE, PS_VAE, SEEDS, SWEEP, WIDEST
 from reproduction.spaces import ABLATED, CONVOLUTIONAL
 
 matplotlib.use("Agg")
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 LABELS = {
     "rae": "RAE", "s-vae": "S-VAE", PS_VAE: "PS-VAE", "rae-hd": "RAE-HD", "p-vae": "P-VAE", "mlp": "2-layer MLPs",
     "on-features": "decoder on rebuilt features", "plain": "plain VAE", "reals": "ReaLS",
-    MEANS: "PS-VAE, its posterior's means",
+    MEANS: "PS-VAE, its posterior's means", WIDEST: f"PS-VAE, {SWEEP[-1]} channels",
 }  # fmt: skip
 PAPER: dict[str, dict[str, float]] = {  # Tables 4, 5 and 6; psnr, ssim, rFID, linear probe, GenEval
     "rae": {"psnr": 19.20, "ssim": 0.436, "rfid": 0.619, "probe": 83.0, "geneval": 71.3},
@@ -49,7 +49,7 @@ def write(results: Path, output: Path, docs: Path) -> Path:
         parts.append(sweep_section(found))
     parts += [shortcut_section(found), generation_section(found, output, images)]
     parts += [reals_section(found), toy_section(found)]
-    parts += [orderings_section(found), ablation_section(found), remarks()]
+    parts += [longer_section(found, plan), orderings_section(found), ablation_section(found), remarks()]
     write_text(docs / "reproduction.json", json.dumps({"plan": plan, "stages": found}, indent=1) + "\n")
     page = docs / "reproduction.md"
     write_text(page, "\n\n".join(part.strip() for part in parts if part) + "\n")
@@ -207,6 +207,31 @@ def generation_section(found: Results, output: Path, images: Path) -> str:
     )
 
 
+def longer_section(found: Results, plan: dict[str, Any]) -> str:
+    if f"longer-{PS_VAE}" not in found:
+        return ""
+    rows = []
+    for name in LONGER:
+        for steps, space, made in (
+            (1, f"space-0-{name}", f"generator-{name}-0"),
+            (plan["longer"], f"longer-{name}", f"longer-generator-{name}"),
+        ):
+            numbers, last = found.get(space, {}), last_of(found.get(made, {}))
+            rows.append(
+                [
+                    LABELS[name], str(steps * plan["space_steps"]), number(numbers.get("psnr"), 2),
+                    number(numbers.get("frechet")), number(numbers.get("probe")), number(last.get("frechet"), 2),
+                    number(last.get("class_accuracy")),
+                ]
+            )  # fmt: skip
+    header = ["space", "steps", "PSNR", "Fréchet", "probe", "generated: Fréchet", "class right"]
+    return (
+        "## Longer\n\nAdded after the first seed's results, as was the generator in the widest PS-VAE: does a longer "
+        "training of the spaces change the order of RAE and PS-VAE? The first seed; the generators as above.\n\n"
+        + table(header, rows)
+    )
+
+
 def reals_section(found: Results) -> str:
     ours = [over_seeds(found, "generator", name, "frechet") for name in CONVOLUTIONAL]
     if not all(ours):
@@ -251,7 +276,7 @@ def ablation_section(found: Results) -> str:
             stage = found.get(f"ablation-{name}", {})
             numbers = [number(stage.get(metric), 2 if metric == "psnr" else 3) for metric in metrics]
             if group in ABLATED_GENERATORS:
-                last = max(found.get(f"ablation-generator-{name}", {}).get("curve", {"0": {}}).items(), key=step_of)[1]
+                last = last_of(found.get(f"ablation-generator-{name}", {}))
                 numbers += [number(last.get("frechet"), 2), number(last.get("class_accuracy"))]
             else:
                 numbers += ["", ""]
@@ -266,8 +291,10 @@ def ablation_section(found: Results) -> str:
     )
 
 
-def step_of(point: tuple[str, Any]) -> int:
-    return int(point[0])
+def last_of(stage: dict[str, Any]) -> dict[str, float]:
+    """Of a generator, its measures at the last step; none where it has not run."""
+    curve = stage.get("curve", {})
+    return curve[max(curve, key=int)] if curve else {}
 
 
 def remarks() -> str:

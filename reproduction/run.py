@@ -29,6 +29,7 @@ from reproduction import cifar, classifiers, generation, measures, report, space
 from reproduction.plan import (  # noqa: E402
     ABLATED_GENERATORS,
     GENERATED,
+    LONGER,
     MEANS,
     ONCE,
     QUICK,
@@ -211,10 +212,11 @@ def stages(run: Run) -> Iterator[Stage]:
                 lambda run, name=name, seed=seed: generator(run, name, seed, steps, cached),
             )
         if seed == 0:
-            yield from first_seed_alone(cached, steps)
+            yield from first_seed_alone(run.plan, cached)
 
 
-def first_seed_alone(cached: dict[Path, generation.Moments], steps: int) -> Iterator[Stage]:
+def first_seed_alone(plan: Plan, cached: dict[Path, generation.Moments]) -> Iterator[Stage]:
+    steps, brief, more = plan.generator_steps, plan.ablation_steps, plan.longer * plan.space_steps
     yield "moved", moved
     for which in ("moved", "still", "frozen"):
         yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
@@ -227,17 +229,24 @@ def first_seed_alone(cached: dict[Path, generation.Moments], steps: int) -> Iter
         )
     compared = (spaces.PS_VAE, *ablations())
     for name in dict.fromkeys(part for space in compared for part in phases_of(space)):
-        yield f"ablation-{name}", lambda run, name=name: phase(shorter(run), name, 0, run.plan.ablation_steps)
+        yield (
+            f"ablation-{name}",
+            lambda run, name=name: phase(apart(run, "ablations"), name, 0, brief),
+        )
     for name in (spaces.PS_VAE, *ablations(ABLATED_GENERATORS)):
         yield (
             f"ablation-generator-{name}",
-            lambda run, name=name: generator(shorter(run), name, 0, steps // 2, cached),
+            lambda run, name=name: generator(apart(run, "ablations"), name, 0, steps // 2, cached),
         )
+    for name in dict.fromkeys(part for space in LONGER for part in phases_of(space)):
+        yield f"longer-{name}", lambda run, name=name: phase(apart(run, "longer"), name, 0, more)
+    for name in LONGER:
+        yield f"longer-generator-{name}", lambda run, name=name: generator(apart(run, "longer"), name, 0, steps, cached)
 
 
-def shorter(run: Run) -> Run:
-    """The same, in the ablations' folder."""
-    there = run._replace(output=run.output / "ablations")
+def apart(run: Run, folder: str) -> Run:
+    """The same, in a folder below: spaces of the same names and other steps."""
+    there = run._replace(output=run.output / folder)
     there.output.mkdir(exist_ok=True)
     for part in ("encoder", "judge"):
         if not (there.output / part).exists():
