@@ -68,7 +68,7 @@ def train_vae(crops: Crops, accelerator: Accelerator, steps: int) -> PSVAE:
     vit = {"img_size": SIZE, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3}
     config = PSVAEConfig(
         encoder=SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=8),
-        vae=SemanticVAEConfig(96, 16, depth=1, num_heads=3, mlp_dim=192, initial_logvar=-4.0, layer_scale=None),
+        vae=SemanticVAEConfig(96, 16, depth=1, num_heads=3, mlp_dim=192, layer_scale=None),
         decoder=PixelDecoderConfig(
             16, base_channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8
         ),

@@ -162,7 +162,7 @@ def training_options(options: Quickstart, folder: Path, held_out: Path) -> Optio
         width, heads = 384, 6
     config = PSVAEConfig(
         encoder=encoder,
-        vae=SemanticVAEConfig(width, LATENT_CHANNELS, num_heads=heads, mlp_dim=4 * width, initial_logvar=-4.0),
+        vae=SemanticVAEConfig(width, LATENT_CHANNELS, num_heads=heads, mlp_dim=4 * width),
         decoder=PixelDecoderConfig(
             LATENT_CHANNELS, base_channels=24, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=8
         ),

@@ -47,7 +47,6 @@ DECODER: dict[str, Any] = {
     "base_channels": 32, "channel_multipliers": (1, 2, 4), "num_res_blocks": 1, "norm_groups": 8, "attention_levels": 0,
 }  # fmt: skip
 ALIGNMENT = 0.25  # weight of each of ReaLS' two terms; the paper gives none
-LOGVAR = -4.0  # of every posterior at first: so few steps are not spent on noise that the library's default begins with
 STATISTICS_PICTURES = 5000
 
 
@@ -137,8 +136,7 @@ def build(phase: Phase, encoder: SemanticEncoder) -> PSVAE:
     width, heads = encoder.feature_dim, encoder.feature_dim // 32
     vae = None
     if phase.channels is not None:
-        changes = {"initial_logvar": LOGVAR} | phase.changes
-        vae = SemanticVAEConfig(width, phase.channels, phase.depth, heads, 4 * width, **changes)
+        vae = SemanticVAEConfig(width, phase.channels, phase.depth, heads, 4 * width, **phase.changes)
     reads = width if phase.channels is None or phase.reads == "features" else phase.channels
     config = PSVAEConfig(
         encoder.config, vae, PixelDecoderConfig(reads, **DECODER), decoder_reads=phase.reads, sample_size=SIDE
@@ -267,7 +265,7 @@ class Aligned(nn.Module):
         encoder = PixelEncoderConfig(latent_channels=channels, **DECODER)
         decoder = PixelDecoderConfig(latent_channels=channels, **DECODER)
         self.vae = PixelVAE(PixelVAEConfig(encoder, decoder, sample_size=SIDE))
-        self.vae.quant_conv.bias.data[channels:] = LOGVAR
+        self.vae.quant_conv.bias.data[channels:] = SemanticVAEConfig.initial_logvar  # as PS-VAE's
         self.alignment = AlignmentNet(AlignmentNetConfig(channels, width, hidden_dim=2 * width, stride=PATCH))
 
 

@@ -188,15 +188,14 @@ def data_options(data: Path) -> DataOptions:
 
 
 def train_psvae(options: Options, data: Path) -> None:
-    """Both stages, with the library's defaults but for posteriors that begin narrow, and without the terms whose
-    networks would have to be fetched."""
+    """Both stages, with the library's defaults but without the terms whose networks would have to be fetched."""
     output = options.output / "tokenizer"
     if (output / "stage2" / "config.json").exists():
         return
     encoder = SemanticEncoder.from_pretrained(options.output / "encoder")
     config = PSVAEConfig(
         encoder.config,
-        SemanticVAEConfig(WIDTH, CHANNELS, depth=1, num_heads=WIDTH // 32, mlp_dim=4 * WIDTH, initial_logvar=-4.0),
+        SemanticVAEConfig(WIDTH, CHANNELS, depth=1, num_heads=WIDTH // 32, mlp_dim=4 * WIDTH),
         PixelDecoderConfig(CHANNELS, **DECODER),
         sample_size=ENLARGED,
     )

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from psvae import PSVAE, SemanticEncoder, flow
+from psvae import PSVAE, SemanticEncoder, SemanticVAEConfig, flow
 from tests.examples.generator_world import script
 
 script("checkpoints")  # the examples are importable from here on
@@ -275,7 +275,7 @@ def test_every_posterior_begins_with_little_noise(encoder):
     made = spaces.build(spaces.PHASES[plan.PS_VAE], frozen), spaces.Aligned(WIDTH, 4).vae
     for vae in made:
         logvar = vae.eval().encode(split(2).images(slice(None))).latent_dist.logvar
-        assert logvar.mean().item() == pytest.approx(spaces.LOGVAR, abs=0.7)
+        assert logvar.mean().item() == pytest.approx(SemanticVAEConfig.initial_logvar, abs=0.7)
 
 
 def test_moved_finds_the_channel_that_moved(encoder):
