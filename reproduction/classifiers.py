@@ -1,11 +1,11 @@
-"""Two classifiers trained on CIFAR-10: the Vision Transformer whose features are the representation, and the judge.
+"""Three classifiers trained on CIFAR-10: the Vision Transformer whose features are the representation, and two judges.
 
-The judge is a narrow ResNet-18 of another seed. It measures reconstructions and generated pictures, so it shares
-nothing with the encoder: neither architecture nor weights.
+The judges measure reconstructions and generated pictures: narrow ResNet-18s of other seeds. One learned the classes, as
+the encoder did, so both may overlook the same things; the other one learned by how many quarters a picture is turned.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from checkpoints import write_whole
@@ -20,6 +20,7 @@ from reproduction.training import Machine, Recipe, batched, fit
 PATCH = 4  # 8 x 8 tokens
 CROPS = (24, 32)  # the first stage learns smaller crops, which are cheaper, the second whole pictures
 PADDING = 4
+QUARTERS = 4
 
 
 class Classifier(nn.Module):
@@ -34,16 +35,15 @@ class Classifier(nn.Module):
         return self.head(self.encoder(images).mean(dim=(2, 3)))
 
 
-def encoder_config(width: int, depth: int) -> SemanticEncoderConfig:
-    vit = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": width, "depth": depth, "num_heads": width // 32}
-    return SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=PATCH)
+def encoder_config(width: int, depth: int, patch: int = PATCH) -> SemanticEncoderConfig:
+    vit = {"img_size": SIDE, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 32}
+    return SemanticEncoderConfig("vit_tiny_patch16_224", vit, stride=patch)
 
 
 def train_encoder(
-    train: Split, width: int, depth: int, recipe: Recipe, small_steps: int, folder: Path, machine: Machine
+    train: Split, config: SemanticEncoderConfig, recipe: Recipe, small_steps: int, folder: Path, machine: Machine
 ) -> None:
     """Two stages, each kept: ``folder/24`` learns crops of 24 pixels, ``folder/32`` goes on with whole pictures."""
-    config = encoder_config(width, depth)
     for crop, steps in zip(CROPS, (small_steps, recipe.steps), strict=True):
         place = folder / str(crop)
         if (place / "model.pt").exists():
@@ -88,7 +88,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class Judge(nn.Module):
     """ResNet-18 for small pictures: a 3 x 3 stem without pooling, a fraction of the width."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, answers: int) -> None:
         super().__init__()
         net: Any = ResNet(BasicBlock, [2, 2, 2, 2])
         net.inplanes = width
@@ -97,7 +97,7 @@ class Judge(nn.Module):
         for number, (factor, stride) in enumerate(((1, 1), (2, 2), (4, 2), (8, 2)), start=1):
             setattr(net, f"layer{number}", net._make_layer(BasicBlock, factor * width, 2, stride))
         net.fc = nn.Identity()
-        self.net, self.head = net, nn.Linear(8 * width, CLASSES)
+        self.net, self.head = net, nn.Linear(8 * width, answers)
 
     def features(self, images: Tensor) -> Tensor:
         """``B 3 H W`` in [-1, 1] → ``B 8·width``, what the last layer reads."""
@@ -107,21 +107,40 @@ class Judge(nn.Module):
         return self.head(self.features(images))
 
 
-def train_judge(train: Split, width: int, recipe: Recipe, folder: Path, machine: Machine) -> None:
+class Judges(NamedTuple):
+    """Of classes, and of turns."""
+
+    classes: Judge
+    turns: Judge
+
+
+ANSWERS = {"classes": CLASSES, "turns": QUARTERS}  # by what a judge tells apart
+
+
+def train_judge(which: str, train: Split, width: int, recipe: Recipe, folder: Path, machine: Machine) -> None:
     if (folder / "model.pt").exists():
         return
     torch.manual_seed(recipe.seed)
-    judge = Judge(width).to(machine.device, memory_format=torch.channels_last)
+    judge = Judge(width, ANSWERS[which]).to(machine.device, memory_format=torch.channels_last)
 
     def loss(model: nn.Module, places: Tensor, step: int) -> Tensor:
-        shown = augmented(train.images(places), SIDE).to(machine.device)
-        return cross_entropy(model(shown), train.labels[places].to(machine.device))
+        shown, answers = augmented(train.images(places), SIDE), train.labels[places]
+        if which == "turns":
+            shown, answers = turned(shown)
+        return cross_entropy(model(shown.to(machine.device)), answers.to(machine.device))
 
     finish(fit(judge, loss, recipe, len(train.labels), folder, machine), folder)
 
 
-def load_judge(width: int, folder: Path, machine: Machine) -> Judge:
-    judge = Judge(width).to(memory_format=torch.channels_last)
+def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Each by 0 to 3 quarters, and by how many."""
+    quarters = torch.randint(QUARTERS, (len(images),))
+    shown = [image.rot90(int(quarter), dims=(1, 2)) for image, quarter in zip(images, quarters, strict=True)]
+    return torch.stack(shown), quarters
+
+
+def load_judge(which: str, width: int, folder: Path, machine: Machine) -> Judge:
+    judge = Judge(width, ANSWERS[which]).to(memory_format=torch.channels_last)
     judge.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
     return judge.to(machine.device).eval().requires_grad_(False)
 

@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from psvae import PSVAE, PixelVAE, SemanticEncoder
 from psvae.losses import cosine_similarity_map
 from reproduction.cifar import Split, to_images
-from reproduction.classifiers import Judge, accuracy
+from reproduction.classifiers import Judges, accuracy
 from reproduction.training import Machine, batched
 
 BATCH = 250
+COARSE = 5.5  # cycles per picture: what is slower, the detail leaves out
 
 
 def rounded(numbers: dict[str, Any]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in numbers.items()}
 
 
-def reconstruction(paint: Callable[[Tensor], Tensor], test: Split, judge: Judge, machine: Machine) -> dict[str, float]:
-    """psnr, ssim, and lpips where its weights are on this machine, each a mean over pictures of 8 bits; the Fréchet
-    distance of the judge's features from the originals', and how often the judge still names the class.
+def reconstruction(
+    paint: Callable[[Tensor], Tensor], test: Split, judges: Judges, machine: Machine
+) -> dict[str, float]:
+    """psnr, ssim, and lpips where its weights are on this machine, each a mean over pictures of 8 bits; how much of the
+    detail is left; the Fréchet distance of each judge's features from the originals', and how often the class is named.
 
     Args:
         paint: images → their reconstructions, ``B 3 H W`` both.
@@ -36,9 +39,17 @@ def reconstruction(paint: Callable[[Tensor], Tensor], test: Split, judge: Judge,
         for part, original in zip(made.split(BATCH), images.split(BATCH), strict=True)
     ]
     numbers = {name: sum(row[name] for row in rows) / len(images) for name in rows[0]}
-    seen = [batched(judge.features, pictures, machine, BATCH) for pictures in (images, made)]
-    numbers |= {"frechet": frechet_distance(*seen), "class_accuracy": accuracy(judge, made, test.labels, machine)}
-    return rounded(numbers)
+    numbers["detail"] = detail(made) / detail(images)
+    for name, judge in zip(("frechet", "frechet_turns"), judges, strict=True):
+        numbers[name] = frechet_distance(*(batched(judge.features, pictures, machine) for pictures in (images, made)))
+    return rounded(numbers | {"class_accuracy": accuracy(judges.classes, made, test.labels, machine)})
+
+
+def detail(images: Tensor) -> float:
+    """The energy of all but the slowest waves, of images ``N 3 H W``."""
+    rows, columns = torch.fft.fftfreq(images.shape[2]), torch.fft.rfftfreq(images.shape[3])
+    fine = (rows[:, None] * images.shape[2]).hypot(columns * images.shape[3]) > COARSE
+    return sum(float(torch.fft.rfft2(part).abs().square()[..., fine].sum()) for part in images.split(BATCH))
 
 
 def eight_bits(images: Tensor) -> Tensor:
@@ -49,7 +60,7 @@ def eight_bits(images: Tensor) -> Tensor:
 def semantics(
     vae: PSVAE | PixelVAE, frozen: SemanticEncoder, train: Split, test: Split, fitted: int, machine: Machine
 ) -> dict[str, float]:
-    """Linear probe and nearest neighbours on the latents; cosines with the frozen features; channels in use.
+    """Linear probe and nearest neighbours on the latents; cosines with the frozen features; channels in use, noise.
 
     Args:
         fitted: training pictures that the probes see.
@@ -83,7 +94,8 @@ def probe(known: Tensor, classes: Tensor, unknown: Tensor, truth: Tensor) -> dic
 
 
 def cosines(vae: PSVAE, frozen: SemanticEncoder, images: Tensor, machine: Machine) -> dict[str, float]:
-    """Of the tuned features, and of the rebuilt ones, with the frozen encoder's; the share of channels in use."""
+    """Of the tuned features, and of the rebuilt ones, with the frozen encoder's; the share of channels in use, and the
+    std of the posterior's noise as a share of the latent's own, a mean over channels."""
     rows: list[dict[str, float]] = []
     moments: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode(), machine.autocast():
@@ -97,7 +109,10 @@ def cosines(vae: PSVAE, frozen: SemanticEncoder, images: Tensor, machine: Machin
             rows.append(row)
     numbers = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     if moments:
-        numbers["active_channels"] = active_channels(*(torch.cat(parts) for parts in zip(*moments, strict=True)))
+        means, variances = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        numbers["active_channels"] = active_channels(means, variances)
+        noise = variances.mean(dim=(0, 2, 3)) / means.var(dim=(0, 2, 3))
+        numbers["noise"] = float(noise.sqrt().mean())
     return numbers
 
 

@@ -11,7 +11,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +29,12 @@ from psvae import PSVAE, SemanticEncoder  # noqa: E402
 from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
 from reproduction.plan import (  # noqa: E402
     ABLATED_GENERATORS,
+    COARSE,
     GENERATED,
     LONGER,
     MEANS,
     ONCE,
     QUICK,
-    SEEDS,
     WHOLE,
     Plan,
     ablations,
@@ -58,8 +59,8 @@ class Options:
     precision: str = "bf16"
     """Of matrix products and convolutions: bf16, or fp32."""
     only: tuple[str, ...] = ()
-    """Run the stages whose names start so, whatever they need before them being there; in several processes, for
-    instance."""
+    """Run the stages whose names start so, whatever they need before them being there, and draw no page; in several
+    processes, for instance."""
 
 
 class Run(NamedTuple):
@@ -81,20 +82,26 @@ class Run(NamedTuple):
     def frozen(self) -> SemanticEncoder:
         return SemanticEncoder.from_pretrained(self.encoder).to(self.machine.device).eval().requires_grad_(False)
 
-    def judge(self) -> classifiers.Judge:
-        return classifiers.load_judge(self.plan.judge_width, self.output / "judge", self.machine)
+    def judge(self, which: str) -> classifiers.Judge:
+        return classifiers.load_judge(which, self.plan.judge_width, self.output / JUDGES[which], self.machine)
+
+    def judges(self) -> classifiers.Judges:
+        return classifiers.Judges(*map(self.judge, JUDGES))
 
 
 Stage = tuple[str, Callable[[Run], dict[str, Any]]]
+JUDGES = {"classes": "judge", "turns": "judge-of-turns"}  # by what each tells apart: its stage
+FIRST = ("encoder", *JUDGES.values())  # what all else needs
 
 
 # The stages
 
 
-def encoder(run: Run) -> dict[str, Any]:
+def encoder(run: Run, patch: int = classifiers.PATCH) -> dict[str, Any]:
     plan, folder = run.plan, run.output / "encoder"
     recipe = Recipe(plan.encoder_steps, plan.encoder_batch, 1e-3, seed=100, weight_decay=0.05)
-    classifiers.train_encoder(run.train, plan.width, plan.depth, recipe, plan.encoder_small_steps, folder, run.machine)
+    config = classifiers.encoder_config(plan.width, plan.depth, patch)
+    classifiers.train_encoder(run.train, config, recipe, plan.encoder_small_steps, folder, run.machine)
     model = run.frozen()
     known, unknown = (
         measures.batched(model, cifar.to_images(pictures), run.machine)
@@ -104,11 +111,15 @@ def encoder(run: Run) -> dict[str, Any]:
     return measures.rounded(found) | {"parameters_m": measures.parameters(model)}
 
 
-def judge(run: Run) -> dict[str, Any]:
-    recipe = Recipe(run.plan.judge_steps, run.plan.judge_batch, 2e-3, seed=200, weight_decay=0.05)
-    classifiers.train_judge(run.train, run.plan.judge_width, recipe, run.output / "judge", run.machine)
-    real = cifar.to_images(run.test.pictures)
-    return {"accuracy": round(classifiers.accuracy(run.judge(), real, run.test.labels, run.machine), 4)}
+def judge(run: Run, which: str) -> dict[str, Any]:
+    seed, folder = 200 + list(JUDGES).index(which), run.output / JUDGES[which]
+    recipe = Recipe(run.plan.judge_steps, run.plan.judge_batch, 2e-3, seed, weight_decay=0.05)
+    classifiers.train_judge(which, run.train, run.plan.judge_width, recipe, folder, run.machine)
+    shown, answers = cifar.to_images(run.test.pictures), run.test.labels
+    if which == "turns":
+        torch.manual_seed(seed)
+        shown, answers = classifiers.turned(shown)
+    return {"accuracy": round(classifiers.accuracy(run.judge(which), shown, answers, run.machine), 4)}
 
 
 def space_recipe(run: Run, seed: int, steps: int) -> Recipe:
@@ -123,12 +134,12 @@ def phase(run: Run, name: str, seed: int, steps: int) -> dict[str, Any]:
         spaces.train_convolutional(name, run.encoder, folder, run.train, recipe, channels, run.machine)
     else:
         spaces.train_phase(name, run.encoder, folder, run.train, recipe, run.machine)
-    if name not in (*all_spaces(), *ablations()):
+    if name not in (*all_spaces(), *ablations(), *COARSE):
         return {}
-    vae = spaces.load_space(name, folder, run.machine)
+    vae = spaces.load_space(name, folder, run.train, run.machine)
     fitted = run.plan.probe_pictures
     numbers = measures.semantics(vae, run.frozen(), run.train, run.test, fitted, run.machine)
-    numbers |= measures.reconstruction(measures.painter(vae), run.test, run.judge(), run.machine)
+    numbers |= measures.reconstruction(measures.painter(vae), run.test, run.judges(), run.machine)
     return {"channels": vae.config.latent_channels, "parameters_m": measures.parameters(vae), **numbers}
 
 
@@ -136,7 +147,7 @@ def shortcut(run: Run, which: Any) -> dict[str, Any]:
     """Section 5.4: a decoder on the channels of RAE-HD that moved most, or least."""
     recipe = space_recipe(run, 0, run.plan.space_steps)
     model = spaces.train_kept(which, run.plan.kept, run.encoder, run.spaces(), run.train, recipe, run.machine)
-    numbers = measures.reconstruction(model.eval(), run.test, run.judge(), run.machine)
+    numbers = measures.reconstruction(model.eval(), run.test, run.judges(), run.machine)
     return {"kept": model.channels, "of": run.plan.width, **numbers}
 
 
@@ -157,7 +168,7 @@ def generator(
         label: of its folder; `MEANS` learns the posterior's means.
     """
     label = label or name
-    vae = spaces.load_space(name, run.spaces(seed), run.machine)
+    vae = spaces.load_space(name, run.spaces(seed), run.train, run.machine)
     if (place := run.spaces(seed) / label) not in cached:
         cached.clear()
         cached[place] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
@@ -173,12 +184,11 @@ def generator(
 
     recipe = Recipe(steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
     model = generation.train_generator(
-        vae, moments, run.test, run.judge(), run.plan.sizes, recipe, folder, run.machine, record
+        vae, moments, run.test, run.judges(), run.plan.sizes, recipe, folder, run.machine, record
     )
     channels, side = moments.mean.shape[1], moments.mean.shape[-1]
     made = generation.sample(model, vae, (40, channels, side, side), run.plan.sizes.updates, seed, run.machine)
     report.save_pictures(made, folder / "samples.png")
-    (folder / "state.pt").unlink(missing_ok=True)
     return {"curve": curve, "parameters_m": measures.parameters(model)}
 
 
@@ -198,8 +208,9 @@ def stages(run: Run) -> Iterator[Stage]:
     cached: dict[Path, generation.Moments] = {}
     steps = run.plan.generator_steps
     yield "encoder", encoder
-    yield "judge", judge
-    for seed in SEEDS:
+    for which, name in JUDGES.items():
+        yield name, lambda run, which=which: judge(run, which)
+    for seed in run.plan.seeds:
         names = all_spaces() if seed == 0 else list(GENERATED)
         for name in dict.fromkeys(part for space in names for part in phases_of(space)):
             yield (
@@ -216,7 +227,7 @@ def stages(run: Run) -> Iterator[Stage]:
 
 
 def first_seed_alone(plan: Plan, cached: dict[Path, generation.Moments]) -> Iterator[Stage]:
-    steps, brief, more = plan.generator_steps, plan.ablation_steps, plan.longer * plan.space_steps
+    steps = plan.generator_steps
     yield "moved", moved
     for which in ("moved", "still", "frozen"):
         yield f"kept-{which}", lambda run, which=which: shortcut(run, which)
@@ -227,29 +238,33 @@ def first_seed_alone(plan: Plan, cached: dict[Path, generation.Moments]) -> Iter
             f"generator-{label}-0",
             lambda run, name=name, label=label: generator(run, name, 0, steps, cached, label),
         )
-    compared = (spaces.PS_VAE, *ablations())
-    for name in dict.fromkeys(part for space in compared for part in phases_of(space)):
+    compared, ablated = (spaces.PS_VAE, *ablations()), (spaces.PS_VAE, *ablations(ABLATED_GENERATORS))
+    yield from again("ablation", compared, ablated, plan.ablation_steps, steps // 2, cached)
+    yield "coarse-encoder", lambda run: encoder(apart(run, "coarse"), 2 * classifiers.PATCH)
+    yield from again("coarse", COARSE, COARSE, plan.space_steps, steps, cached)
+    yield from again("longer", LONGER, LONGER, plan.longer * plan.space_steps, plan.longer * steps, cached)
+
+
+def again(
+    folder: str, names: Iterable[str], generated: Iterable[str], space_steps: int, generator_steps: int,
+    cached: dict[Path, generation.Moments],
+) -> Iterator[Stage]:  # fmt: skip
+    """Spaces of other steps or of another encoder, and generators in them, of the first seed."""
+    for name in dict.fromkeys(part for space in names for part in phases_of(space)):
+        yield f"{folder}-{name}", lambda run, name=name: phase(apart(run, folder), name, 0, space_steps)
+    for name in generated:
         yield (
-            f"ablation-{name}",
-            lambda run, name=name: phase(apart(run, "ablations"), name, 0, brief),
+            f"{folder}-generator-{name}",
+            lambda run, name=name: generator(apart(run, folder), name, 0, generator_steps, cached),
         )
-    for name in (spaces.PS_VAE, *ablations(ABLATED_GENERATORS)):
-        yield (
-            f"ablation-generator-{name}",
-            lambda run, name=name: generator(apart(run, "ablations"), name, 0, steps // 2, cached),
-        )
-    for name in dict.fromkeys(part for space in LONGER for part in phases_of(space)):
-        yield f"longer-{name}", lambda run, name=name: phase(apart(run, "longer"), name, 0, more)
-    for name in LONGER:
-        yield f"longer-generator-{name}", lambda run, name=name: generator(apart(run, "longer"), name, 0, steps, cached)
 
 
 def apart(run: Run, folder: str) -> Run:
-    """The same, in a folder below: spaces of the same names and other steps."""
+    """The same in a folder below, with the same judges; with the same encoder too, but for the coarse one."""
     there = run._replace(output=run.output / folder)
     there.output.mkdir(exist_ok=True)
-    for part in ("encoder", "judge"):
-        if not (there.output / part).exists():
+    for part in JUDGES.values() if folder == "coarse" else ("encoder", *JUDGES.values()):
+        with suppress(FileExistsError):
             (there.output / part).symlink_to((run.output / part).resolve(), target_is_directory=True)
     return there
 
@@ -262,9 +277,13 @@ def main(options: Options) -> None:
     output = options.output / "quick" if options.quick else options.output
     claim(options, plan, output)
     train, test = cifar.load(options.data, output / "data")
+    test = cifar.Split(*(part[: plan.test_pictures] for part in test))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(plan, output, train, test, Machine(device, options.precision == "bf16"))
     results, failed = output / "results", []
+    planned = [name for name, _ in stages(run)]
+    if unknown := [start for start in options.only if not any(name.startswith(start) for name in planned)]:
+        raise SystemExit(f"--only {' '.join(unknown)}: no stage is named so; there are {', '.join(planned)}")
     for name, stage in stages(run):
         file = results / f"{name}.json"
         if file.exists() or (options.only and not name.startswith(options.only)):
@@ -272,18 +291,20 @@ def main(options: Options) -> None:
         started = time.time()
         try:
             numbers = stage(run)
-        except (Exception, SystemExit):  # of one stage: those that do not need it go on
+        except (Exception, SystemExit):  # those that do not need this stage go on
             traceback.print_exc()
             failed.append(name)
+            if name in FIRST:
+                break
             continue
         numbers["minutes"] = round((time.time() - started) / 60, 2)
         numbers["on"] = f"CPU cores: {torch.get_num_threads()}" if device.type == "cpu" else device.type
         write_text(file, json.dumps(numbers, indent=2) + "\n")
         shown = {key: value for key, value in numbers.items() if isinstance(value, int | float)}
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
-    whole = not options.quick and all((results / f"{name}.json").exists() for name, _ in stages(run))
-    page = report.write(results, output, ROOT / "docs" if whole else output)
-    print(f"the page is {page}")
+    if not options.only:
+        whole = not options.quick and all((results / f"{name}.json").exists() for name in planned)
+        print(f"the page is {report.write(results, output, ROOT / 'docs' if whole else output)}")
     if failed:
         raise SystemExit(
             f"{len(failed)} stages failed, see above: {', '.join(failed)}; the same command tries them again"

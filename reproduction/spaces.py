@@ -41,11 +41,10 @@ from psvae import (
 from psvae.encoders import PixelEncoderConfig
 from reproduction.cifar import SIDE, Split, to_images
 from reproduction.classifiers import PATCH
-from reproduction.training import Machine, Recipe, done, fit
+from reproduction.training import Machine, Recipe, done, end, fit
 
-DECODER: dict[str, Any] = {
-    "base_channels": 32, "channel_multipliers": (1, 2, 4), "num_res_blocks": 1, "norm_groups": 8, "attention_levels": 0,
-}  # fmt: skip
+DECODER: dict[str, Any] = {"base_channels": 32, "num_res_blocks": 1, "norm_groups": 8, "attention_levels": 0}
+MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 4, 4)}  # by stride
 ALIGNMENT = 0.25  # weight of each of ReaLS' two terms; the paper gives none
 STATISTICS_PICTURES = 5000
 
@@ -88,6 +87,7 @@ class Phase:
 
 
 SWEEP = (4, 8, 16, 32, 64)  # a cell has 48 numbers of pixels
+COARSE_PS_VAE = "ps-vae-24"  # for cells of 192: an eighth of them, the paper's share
 
 
 def two_stages(name: str, **fields: Any) -> dict[str, Phase]:
@@ -103,12 +103,15 @@ PHASES: dict[str, Phase] = {
     "p-vae": Phase("pixels", halves=2),
     **two_stages("mlp", depth=0),
     **two_stages("on-features", reads="features"),
+    **two_stages(COARSE_PS_VAE, channels=24),
 }
 ABLATED: dict[str, dict[str, Phase]] = {
     "KL weight": {
         **two_stages("kl-1e-6", weights=Weights(kl=1e-6)),
         **two_stages("kl-1e-4", weights=Weights(kl=1e-4)),
         **two_stages("kl-1e-3", weights=Weights(kl=1e-3)),
+        **two_stages("kl-1e-2", weights=Weights(kl=1e-2)),
+        **two_stages("kl-1e-1", weights=Weights(kl=1e-1)),
     },
     "L_s : L_p": {
         **two_stages("ratio-1-0.1", weights=Weights(semantic=1.0, pixel=0.1, kl=1e-6)),  # L_KL : L_p as elsewhere
@@ -132,6 +135,10 @@ PS_VAE = "ps-vae-16"
 # PS-VAE and its variants
 
 
+def decoder_config(channels: int, stride: int = PATCH) -> PixelDecoderConfig:
+    return PixelDecoderConfig(channels, channel_multipliers=MULTIPLIERS[stride], **DECODER)
+
+
 def build(phase: Phase, encoder: SemanticEncoder) -> PSVAE:
     width, heads = encoder.feature_dim, encoder.feature_dim // 32
     vae = None
@@ -139,7 +146,7 @@ def build(phase: Phase, encoder: SemanticEncoder) -> PSVAE:
         vae = SemanticVAEConfig(width, phase.channels, phase.depth, heads, 4 * width, **phase.changes)
     reads = width if phase.channels is None or phase.reads == "features" else phase.channels
     config = PSVAEConfig(
-        encoder.config, vae, PixelDecoderConfig(reads, **DECODER), decoder_reads=phase.reads, sample_size=SIDE
+        encoder.config, vae, decoder_config(reads, encoder.config.stride), decoder_reads=phase.reads, sample_size=SIDE
     )
     return PSVAE.from_encoder(encoder, config)
 
@@ -167,7 +174,7 @@ def train_phase(name: str, encoder_folder: Path, folder: Path, train: Split, rec
     trained: Any = fit(model, loss, recipe, len(train.labels), folder / name, machine)
     fit_statistics(trained, train, machine)
     trained.save_pretrained(folder / name)
-    (folder / name / "state.pt").unlink(missing_ok=True)
+    end(folder / name)
 
 
 def psvae_loss(model: nn.Module, frozen: nn.Module, images: Tensor, phase: Phase, share: float) -> Tensor:
@@ -210,7 +217,7 @@ class Kept(nn.Module):
     def __init__(self, space: PSVAE, channels: list[int]) -> None:
         super().__init__()
         self.space, self.channels = space.eval().requires_grad_(False), channels
-        self.decoder = PixelDecoder(PixelDecoderConfig(len(channels), **DECODER))
+        self.decoder = PixelDecoder(decoder_config(len(channels)))
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -250,7 +257,7 @@ def train_kept(
 
     fit(model, loss, recipe, len(train.labels), place, machine)
     model.decoder.save_pretrained(place)
-    (place / "state.pt").unlink(missing_ok=True)
+    end(place)
     return model
 
 
@@ -262,9 +269,8 @@ class Aligned(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        encoder = PixelEncoderConfig(latent_channels=channels, **DECODER)
-        decoder = PixelDecoderConfig(latent_channels=channels, **DECODER)
-        self.vae = PixelVAE(PixelVAEConfig(encoder, decoder, sample_size=SIDE))
+        encoder = PixelEncoderConfig(latent_channels=channels, channel_multipliers=MULTIPLIERS[PATCH], **DECODER)
+        self.vae = PixelVAE(PixelVAEConfig(encoder, decoder_config(channels), sample_size=SIDE))
         self.vae.quant_conv.bias.data[channels:] = SemanticVAEConfig.initial_logvar  # as PS-VAE's
         self.alignment = AlignmentNet(AlignmentNetConfig(channels, width, hidden_dim=2 * width, stride=PATCH))
 
@@ -288,14 +294,18 @@ def train_convolutional(
         patch = losses.alignment_loss(aligned.patch_features, seen.features)
         pooled = losses.alignment_loss(aligned.global_feature, seen.features.mean(dim=(2, 3)))
         pixel, kl = losses.pixel_loss(output.sample, images), losses.kl_loss(output.posterior, reduction="mean")
-        return pixel + 1e-5 * kl + ALIGNMENT * (patch + pooled)
+        return pixel + Weights().kl * kl + ALIGNMENT * (patch + pooled)
 
     trained: Any = fit(model, loss, recipe, len(train.labels), folder / name, machine)
     fit_statistics(trained.vae, train, machine)
     save_reals(folder / name, trained.vae, trained.alignment)
-    (folder / name / "state.pt").unlink(missing_ok=True)
+    end(folder / name)
 
 
-def load_space(name: str, folder: Path, machine: Machine) -> PSVAE | PixelVAE:
-    vae = load_reals(folder / name)[0] if name in CONVOLUTIONAL else PSVAE.from_pretrained(folder / name)
-    return vae.to(machine.device).eval().requires_grad_(False)
+def load_space(name: str, folder: Path, train: Split, machine: Machine) -> PSVAE | PixelVAE:
+    """With statistics per channel: the files of ReaLS have room for one mean and std."""
+    if name not in CONVOLUTIONAL:
+        return PSVAE.from_pretrained(folder / name).to(machine.device).eval().requires_grad_(False)
+    vae = load_reals(folder / name)[0].to(machine.device).eval().requires_grad_(False)
+    fit_statistics(vae, train, machine)
+    return vae

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 SAVE_EVERY = 60  # seconds
+ENDED = "ended"  # a file beside the weights of a training that ended
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def fit(
     Args:
         loss: sees the model, ``B`` places of 0 to ``count`` − 1, and the step from 0. Every random number that it
             draws from PyTorch's generator is decided by seed and step.
-        folder: keeps ``state.pt`` until the training has ended, and the progress bar its name.
+        folder: keeps ``state.pt`` until `end`, and gives the progress bar its name.
         each: called after each step with the (averaged) model and the steps done; not again for steps that an earlier
             run did.
 
@@ -129,12 +130,23 @@ def moving_average(decay: float) -> Callable[..., None]:
     return update
 
 
+def end(folder: Path) -> None:
+    """The weights of a training are in ``folder``, whole."""
+    (folder / ENDED).touch()
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
 def done(folder: Path) -> bool:
-    """A training ended here and its weights were kept."""
-    return not (folder / "state.pt").exists() and any(folder.rglob("*.safetensors"))
+    return (folder / ENDED).exists()
 
 
-def batched(read: Callable[[Tensor], Tensor], items: Tensor, machine: Machine, size: int = 250) -> Tensor:
-    """``read`` of all items, part by part, without gradients, in fp32 and on the CPU."""
+def batched(
+    read: Callable[[Tensor], Tensor],
+    items: Tensor,
+    machine: Machine,
+    size: int = 250,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``read`` of all items, part by part, without gradients, in ``dtype`` and on the CPU."""
     with torch.inference_mode(), machine.autocast():
-        return torch.cat([read(part.to(machine.device)).float().cpu() for part in items.split(size)])
+        return torch.cat([read(part.to(machine.device)).to("cpu", dtype) for part in items.split(size)])

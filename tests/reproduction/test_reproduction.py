@@ -278,6 +278,41 @@ def test_every_posterior_begins_with_little_noise(encoder):
         assert logvar.mean().item() == pytest.approx(SemanticVAEConfig.initial_logvar, abs=0.7)
 
 
+def test_every_space_is_normalised_by_channel(encoder, tmp_path):
+    train, recipe = split(40), training.Recipe(3, 4, 1e-3, seed=0)
+    spaces.train_phase("p-vae", encoder, tmp_path, train, recipe, CPU)
+    spaces.train_convolutional("plain", encoder, tmp_path, train, recipe, 4, CPU)
+    for name in ("p-vae", "plain"):
+        moments = generation.encode(spaces.load_space(name, tmp_path, train, CPU), train, 40, CPU)
+        latents = moments.draw(torch.arange(40))
+        assert latents.mean(dim=(0, 2, 3)).abs().max() < 0.2, name
+        assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 0.2, name
+
+
+def test_a_training_killed_while_it_saves_is_not_done(encoder, tmp_path, monkeypatch):
+    train, recipe = split(20), training.Recipe(2, 2, 1e-3, seed=0)
+
+    def killed(model, folder):
+        (folder / ".saving").mkdir(parents=True)
+        (folder / ".saving" / "model.safetensors").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PSVAE, "save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            spaces.train_phase("rae-half", encoder, tmp_path, train, recipe, CPU)
+    spaces.train_phase("rae-half", encoder, tmp_path, train, recipe, CPU)
+    assert PSVAE.from_pretrained(tmp_path / "rae-half")
+
+
+def test_coarse_cells_hold_more_pixels(tmp_path):
+    whole = SemanticEncoder(classifiers.encoder_config(WIDTH, 1, 2 * classifiers.PATCH))
+    model = spaces.build(spaces.PHASES[spaces.COARSE_PS_VAE], whole).eval()
+    images = split(2).images(slice(None))
+    assert model.encode(images).latent_dist.mean.shape == (2, 24, 4, 4)
+    assert model(images).sample.shape == images.shape
+
+
 def test_moved_finds_the_channel_that_moved(encoder):
     frozen, tuned = (SemanticEncoder.from_pretrained(encoder) for _ in range(2))
     frozen.vit.norm = tuned.vit.norm = nn.Identity()
@@ -293,7 +328,7 @@ def test_moved_finds_the_channel_that_moved(encoder):
 
 
 class Brightness(nn.Module):
-    """A judge that sees the mean colour."""
+    """A judge that sees the mean colour: what is brighter is of a higher class."""
 
     def features(self, images):
         return images.mean(dim=(2, 3))
@@ -302,16 +337,43 @@ class Brightness(nn.Module):
         return -(images.mean(dim=(1, 2, 3))[:, None] * 127.5 + 127.5 - torch.arange(10) * 22.0 - 10).abs()
 
 
+class Columns(Brightness):
+    """A judge that sees each column's mean."""
+
+    def features(self, images):
+        return images.mean(dim=(1, 2))
+
+
+JUDGES = classifiers.Judges(Brightness(), Columns())
+
+
 def test_measures_of_a_perfect_and_of_a_grey_reconstruction():
     test = split(40)
-    same = measures.reconstruction(lambda images: images, test, Brightness(), CPU)
+    same = measures.reconstruction(lambda images: images, test, JUDGES, CPU)
     assert same["psnr"] > 80
-    assert same["ssim"] == same["class_accuracy"] == 1
+    assert same["ssim"] == same["class_accuracy"] == same["detail"] == 1
     assert same["frechet"] == pytest.approx(0, abs=1e-6)
-    grey = measures.reconstruction(torch.zeros_like, test, Brightness(), CPU)
+    grey = measures.reconstruction(torch.zeros_like, test, JUDGES, CPU)
     assert grey["psnr"] < 16
     assert grey["class_accuracy"] < 0.2
-    assert grey["frechet"] > 0.5
+    assert grey["detail"] < 1e-6
+    assert grey["frechet_turns"] > 2 * grey["frechet"] > 1
+
+
+def test_the_detail_is_what_is_not_slow():
+    places = torch.arange(32) * 2 * torch.pi / 32
+    slow, fine = (torch.sin(count * places).expand(1, 3, 32, 32) for count in (5, 6))
+    for wave in (slow, slow.mT):
+        assert measures.detail(wave) < 1e-6 * measures.detail(fine)
+    assert measures.detail(fine + slow) == pytest.approx(measures.detail(fine), rel=1e-3)
+
+
+def test_turned_pictures_and_their_answers():
+    images = torch.arange(12.0).reshape(1, 3, 2, 2).expand(40, 3, 2, 2)
+    shown, quarters = classifiers.turned(images)
+    assert len(quarters.unique()) == 4
+    back = torch.stack([x.rot90(-int(n), dims=(1, 2)) for x, n in zip(shown, quarters, strict=True)])
+    assert torch.equal(back, images)
 
 
 def test_probes_find_a_planted_class():
@@ -342,17 +404,21 @@ def test_the_shift_is_the_papers(channels, shift):
 def test_generates_in_a_space(encoder, tmp_path):
     train, sizes = split(20), replace(plan.Plan().sizes, width=32, layers=1, head_width=32, samples=10, updates=2)
     spaces.train_phase("rae-half", encoder, tmp_path, train, training.Recipe(2, 4, 1e-3, 0), CPU)
-    vae = spaces.load_space("rae-half", tmp_path, CPU)
+    vae = spaces.load_space("rae-half", tmp_path, train, CPU)
     moments = generation.encode(vae, train, 20, CPU)
     assert moments.mean.shape == (20, WIDTH, 8, 8)
     assert moments.mean.float().std() == pytest.approx(1.0, abs=0.2)
     assert not moments.std.any()  # RAE's latents are points
     curve = {}
     recipe = training.Recipe(8, 4, 1e-3, seed=1, ema=0.9)
-    arguments = (vae, moments, split(20, seed=1), Brightness(), sizes, recipe, tmp_path / "g", CPU, curve.__setitem__)
+    arguments = (vae, moments, split(20, seed=1), JUDGES, sizes, recipe, tmp_path / "g", CPU, curve.__setitem__)
     model = generation.train_generator(*arguments)
     assert sorted(curve) == [3, 6, 8]
-    assert set(curve[8]) == {"frechet", "class_accuracy"}
+    assert set(curve[8]) == {"frechet", "frechet_turns", "frechet_decoded", "class_accuracy"}
+    curve.clear()
+    kept = generation.train_generator(*arguments)
+    assert not curve
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
     shape = (10, WIDTH, 8, 8)
     first, again, other = (generation.sample(model, vae, shape, 2, seed, CPU) for seed in (0, 0, 1))
     assert torch.equal(first, again)
@@ -390,13 +456,14 @@ def test_every_ordering_is_measured_by_some_stage(tmp_path):
         assert {pattern.format(part) for name in claim.names for part in name.split(" - ")} <= names
 
 
-def test_a_quick_plan_runs_the_same_stages(tmp_path):
-    listed = [
+def test_stages_have_names_of_their_own_and_a_quick_plan_has_the_first_seed(tmp_path):
+    whole, quick = (
         [name for name, _ in run.stages(run.Run(each, tmp_path, split(2), split(2), CPU))]
         for each in (plan.WHOLE, plan.QUICK)
-    ]
-    assert listed[0] == listed[1]
-    assert len(set(listed[0])) == len(listed[0])
+    )
+    assert len(set(whole)) == len(whole)
+    later = [name for name in whole if name.startswith(("space-1", "space-2")) or name.endswith(("-1", "-2"))]
+    assert quick == [name for name in whole if name not in later or name.startswith("ablation")]
 
 
 def test_the_page_is_drawn_from_the_numbers(tmp_path):
@@ -427,16 +494,16 @@ def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
     data = parquet(tmp_path, ("img", "label"), (32,) * 24)
     monkeypatch.setattr(run, "WHOLE", tiny)
     options = run.Options(data, output=tmp_path / "out", precision="fp32", only=("encoder",))
-    drawn = []
-    monkeypatch.setattr(report, "write", lambda *places: drawn.append(places[-1]) or tmp_path)
     run.main(options)
-    assert drawn == [tmp_path / "out"]  # docs/ is for whole runs
+    assert not (tmp_path / "out" / "reproduction.md").exists()  # another process may have other stages
     assert json.loads((tmp_path / "out" / "results" / "encoder.json").read_text())["parameters_m"] > 0
     assert "encoder: probe" in capsys.readouterr().out
     run.main(options)
     assert "encoder: probe" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another plan \\(precision: 'fp32' before, 'bf16' now\\)"):
         run.main(replace(options, precision="bf16"))
+    with pytest.raises(SystemExit, match="--only spaces: no stage is named so; there are encoder, judge, "):
+        run.main(replace(options, only=("encoder", "spaces")))
     with pytest.raises(SystemExit, match="one of the two"):
         run.main(replace(options, data=None))
     with pytest.raises(SystemExit, match="wanted bf16 or fp32"):
@@ -455,6 +522,9 @@ def test_one_failing_stage_stops_no_other(tmp_path, monkeypatch, capsys):
     assert "ValueError: no luck" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "quick" / "results" / "second.json").read_text())["answer"] == 42
     assert (tmp_path / "out" / "quick" / "reproduction.md").exists()
+    monkeypatch.setattr(run, "stages", lambda _: iter([("encoder", broken), ("other", broken)]))
+    with pytest.raises(SystemExit, match="1 stages failed, see above: encoder;"):  # nothing can go on without
+        run.main(options)
 
 
 @pytest.mark.slow
