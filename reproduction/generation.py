@@ -1,7 +1,7 @@
 """The same class-conditional generator in every space: DeepFusionDiT with the wide head, the class as its one word.
 
 The paper's text-to-image set-up in small (sections 3.4 and 4.2): patch 1, shared blocks, flow matching with
-logit-normal σ, shifted in training by √(C / 16) as there, in sampling by 3 for all, 50 steps. No guidance: with ten
+logit-normal σ, shifted in training by √(C / 16) as there, in sampling by 3 for all. No guidance: with ten
 classes it would hide how well each space is learned.
 """
 
@@ -32,7 +32,9 @@ class Sizes:
     layers: int = 4
     head_width: int = 160
     samples: int = 1000
-    updates: int = 50
+    updates: int = 15
+    more_updates: int = 50
+    """The paper's: for a look at what fewer do."""
     measured: int = 3
     """Times, evenly over the steps."""
     pictures: int = 25_000
@@ -76,22 +78,12 @@ def encode(vae: PSVAE | PixelVAE, train: Split, count: int, machine: Machine) ->
 
 
 def train_generator(
-    vae: PSVAE | PixelVAE,
-    moments: Moments,
-    test: Split,
-    judges: Judges,
-    sizes: Sizes,
-    recipe: Recipe,
-    folder: Path,
-    machine: Machine,
-    record: Callable[[int, dict[str, float]], None],
-) -> nn.Module:
+    moments: Moments, sizes: Sizes, recipe: Recipe, folder: Path, machine: Machine, look: Callable[[Any, int], None]
+) -> Any:
     """The averaged weights; ``folder`` keeps them.
 
     Args:
-        record: is told the step and its measures: how often the class is right, and Fréchet distances of the made
-            pictures from the test pictures in the features of both judges, and in those of the first from the test
-            pictures as the space reconstructs them (``frechet_decoded``), where the decoder's own faults cancel.
+        look: is shown the averaged weights at `Sizes.measured` steps, and the number of steps.
     """
     if done(folder):
         return DeepFusionDiT.from_pretrained(folder).to(machine.device).eval()
@@ -100,13 +92,6 @@ def train_generator(
     model = DeepFusionDiT(config_for(channels, sizes)).to(machine.device)
     shift = flow.dimension_shift(channels, 1, side**2, base=BASE_CHANNELS * side**2)
     measured = {-(-recipe.steps * part // sizes.measured) for part in range(1, sizes.measured + 1)}
-    real = to_images(test.pictures)
-    decoded = eight_bits(batched(painter(vae), real, machine, BATCH))
-    references = {
-        "frechet": (judges.classes, batched(judges.classes.features, real, machine)),
-        "frechet_turns": (judges.turns, batched(judges.turns.features, real, machine)),
-        "frechet_decoded": (judges.classes, batched(judges.classes.features, decoded, machine)),
-    }
 
     def loss(model: nn.Module, places: Tensor, step: int) -> Tensor:
         latents = moments.draw(places).to(machine.device)
@@ -117,19 +102,36 @@ def train_generator(
 
     def each(averaged: nn.Module, step: int) -> None:
         if step in measured:
-            made = sample(averaged, vae, (sizes.samples, channels, side, side), sizes.updates, recipe.seed, machine)
-            numbers = {
-                name: frechet_distance(seen, batched(judge.features, made, machine))
-                for name, (judge, seen) in references.items()
-            }
-            wanted = torch.arange(len(made)) % CLASSES
-            numbers["class_accuracy"] = accuracy(judges.classes, made, wanted, machine)
-            record(step, rounded(numbers))
+            look(averaged, step)
 
     trained: Any = fit(model, loss, recipe, len(moments.labels), folder, machine, each)
     trained.save_pretrained(folder)
     end(folder)
     return trained
+
+
+class Measure:
+    """Of made pictures: how often their class is right, and Fréchet distances from the test pictures in the features of
+    both judges, and in those of the first one from the test pictures as the space reconstructs them
+    (``frechet_decoded``), where the decoder's own faults cancel."""
+
+    def __init__(self, vae: PSVAE | PixelVAE, test: Split, judges: Judges, machine: Machine) -> None:
+        self.judges, self.machine = judges, machine
+        real = to_images(test.pictures)
+        decoded = eight_bits(batched(painter(vae), real, machine, BATCH))
+        self.references = {
+            "frechet": (judges.classes, batched(judges.classes.features, real, machine)),
+            "frechet_turns": (judges.turns, batched(judges.turns.features, real, machine)),
+            "frechet_decoded": (judges.classes, batched(judges.classes.features, decoded, machine)),
+        }
+
+    def __call__(self, made: Tensor) -> dict[str, float]:
+        numbers = {
+            name: frechet_distance(seen, batched(judge.features, made, self.machine))
+            for name, (judge, seen) in self.references.items()
+        }
+        wanted = torch.arange(len(made)) % CLASSES
+        return rounded(numbers | {"class_accuracy": accuracy(self.judges.classes, made, wanted, self.machine)})
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 What results changed, and nothing else: the encoder's steps (its probe missed 75 %), before anything was trained on it;
 and after the first seed, where PS-VAE did not come before RAE, what could explain that was added: `LONGER`, `COARSE`, a
-generator in `WIDEST`, larger KL weights, two more Fréchet distances, and the paper's 50 steps of sampling for 15.
+generator in `WIDEST`, larger KL weights, two more Fréchet distances, and a look at longer sampling.
 """
 
 from collections.abc import Iterable
@@ -45,7 +45,7 @@ class Plan:
     space_batch: int = 32
     ablation_steps: int = 750
     longer: int = 3
-    """Times as many steps, of `LONGER` and of the generators in them."""
+    """Times as many steps, of `LONGER`."""
     generator_steps: int = 1500
     """Of each generator; half of them in the ablations."""
     generator_batch: int = 64

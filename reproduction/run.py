@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # their losses and measures serve he
 
 from checkpoints import changed, write_text  # noqa: E402
 
-from psvae import PSVAE, SemanticEncoder  # noqa: E402
+from psvae import PSVAE, DeepFusionDiT, SemanticEncoder  # noqa: E402
 from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
 from reproduction.plan import (  # noqa: E402
     ABLATED_GENERATORS,
@@ -78,6 +78,9 @@ class Run(NamedTuple):
 
     def spaces(self, seed: int = 0) -> Path:
         return self.output / "spaces" / str(seed)
+
+    def generators(self, label: str, seed: int) -> Path:
+        return self.output / "generators" / f"{label}-{seed}"
 
     def frozen(self) -> SemanticEncoder:
         return SemanticEncoder.from_pretrained(self.encoder).to(self.machine.device).eval().requires_grad_(False)
@@ -167,29 +170,42 @@ def generator(
         cached: latents of the last space that was encoded.
         label: of its folder; `MEANS` learns the posterior's means.
     """
-    label = label or name
+    label, sizes = label or name, run.plan.sizes
     vae = spaces.load_space(name, run.spaces(seed), run.train, run.machine)
     if (place := run.spaces(seed) / label) not in cached:
         cached.clear()
-        cached[place] = generation.encode(vae, run.train, run.plan.sizes.pictures, run.machine)
+        cached[place] = generation.encode(vae, run.train, sizes.pictures, run.machine)
         if label == MEANS:
             cached[place].std.zero_()
-    moments, folder = cached[place], run.output / "generators" / f"{label}-{seed}"
+    moments, folder = cached[place], run.generators(label, seed)
     file = folder / "curve.json"
     curve: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    measure = generation.Measure(vae, run.test, run.judges(), run.machine)
+    shape = moments.mean.shape[1:]
 
-    def record(step: int, numbers: dict[str, float]) -> None:
-        curve[str(step)] = numbers
+    def look(model: Any, step: int) -> None:
+        made = generation.sample(model, vae, (sizes.samples, *shape), sizes.updates, seed, run.machine)
+        curve[str(step)] = measure(made)
         write_text(file, json.dumps(curve))
 
     recipe = Recipe(steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
-    model = generation.train_generator(
-        vae, moments, run.test, run.judges(), run.plan.sizes, recipe, folder, run.machine, record
-    )
-    channels, side = moments.mean.shape[1], moments.mean.shape[-1]
-    made = generation.sample(model, vae, (40, channels, side, side), run.plan.sizes.updates, seed, run.machine)
+    model = generation.train_generator(moments, sizes, recipe, folder, run.machine, look)
+    made = generation.sample(model, vae, (40, *shape), sizes.updates, seed, run.machine)
     report.save_pictures(made, folder / "samples.png")
     return {"curve": curve, "parameters_m": measures.parameters(model)}
+
+
+def sampler(run: Run) -> dict[str, Any]:
+    """The first seed's generators with as many updates as the paper."""
+    sizes, numbers = run.plan.sizes, {}
+    for name in LONGER:
+        vae = spaces.load_space(name, run.spaces(), run.train, run.machine)
+        model = DeepFusionDiT.from_pretrained(run.generators(name, 0)).to(run.machine.device).eval()
+        latent = vae.encode(run.train.images(slice(0, 1)).to(run.machine.device)).latent_dist.mode()
+        shape = (sizes.samples, *latent.shape[1:])
+        made = generation.sample(model, vae, shape, sizes.more_updates, 0, run.machine)
+        numbers[name] = generation.Measure(vae, run.test, run.judges(), run.machine)(made)
+    return numbers
 
 
 def toy(run: Run) -> dict[str, Any]:
@@ -238,11 +254,12 @@ def first_seed_alone(plan: Plan, cached: dict[Path, generation.Moments]) -> Iter
             f"generator-{label}-0",
             lambda run, name=name, label=label: generator(run, name, 0, steps, cached, label),
         )
+    yield "sampler", sampler
     compared, ablated = (spaces.PS_VAE, *ablations()), (spaces.PS_VAE, *ablations(ABLATED_GENERATORS))
     yield from again("ablation", compared, ablated, plan.ablation_steps, steps // 2, cached)
     yield "coarse-encoder", lambda run: encoder(apart(run, "coarse"), 2 * classifiers.PATCH)
     yield from again("coarse", COARSE, COARSE, plan.space_steps, steps, cached)
-    yield from again("longer", LONGER, LONGER, plan.longer * plan.space_steps, plan.longer * steps, cached)
+    yield from again("longer", LONGER, LONGER, plan.longer * plan.space_steps, steps, cached)
 
 
 def again(

@@ -409,20 +409,30 @@ def test_generates_in_a_space(encoder, tmp_path):
     assert moments.mean.shape == (20, WIDTH, 8, 8)
     assert moments.mean.float().std() == pytest.approx(1.0, abs=0.2)
     assert not moments.std.any()  # RAE's latents are points
-    curve = {}
+    looks = []
     recipe = training.Recipe(8, 4, 1e-3, seed=1, ema=0.9)
-    arguments = (vae, moments, split(20, seed=1), JUDGES, sizes, recipe, tmp_path / "g", CPU, curve.__setitem__)
-    model = generation.train_generator(*arguments)
-    assert sorted(curve) == [3, 6, 8]
-    assert set(curve[8]) == {"frechet", "frechet_turns", "frechet_decoded", "class_accuracy"}
-    curve.clear()
-    kept = generation.train_generator(*arguments)
-    assert not curve
+    arguments = (moments, sizes, recipe, tmp_path / "g", CPU, lambda model, step: looks.append(step))
+    model, kept = (generation.train_generator(*arguments) for _ in range(2))
+    assert looks == [3, 6, 8]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
     shape = (10, WIDTH, 8, 8)
     first, again, other = (generation.sample(model, vae, shape, 2, seed, CPU) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_measures_of_made_pictures(encoder, tmp_path):
+    spaces.train_phase("rae-half", encoder, tmp_path, split(20), training.Recipe(2, 4, 1e-3, 0), CPU)
+    vae, test = spaces.load_space("rae-half", tmp_path, split(20), CPU), split(40)
+    measure = generation.Measure(vae, test, JUDGES, CPU)
+    real = measure(test.images(slice(None)))
+    assert real["class_accuracy"] == 1
+    assert real["frechet"] == pytest.approx(0, abs=1e-6)
+    assert real["frechet_decoded"] > 0.1
+    decoded = measure(measures.eight_bits(measures.painter(vae)(test.images(slice(None))).detach()))
+    assert decoded["frechet_decoded"] == pytest.approx(0, abs=1e-6)
+    assert decoded["frechet"] == pytest.approx(real["frechet_decoded"], rel=1e-3)
+    assert decoded["frechet_turns"] > 0.1
 
 
 # Orderings and the page
