@@ -1,12 +1,14 @@
-"""The orderings that the papers claim, looked for in our numbers, seed by seed. All were written before any result."""
+"""The orderings that the papers claim, looked for in our numbers, seed by seed."""
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from reproduction.plan import PS_VAE, SEEDS, SWEEP
+from reproduction.plan import COARSE_PS_VAE, GENERATED, LABELS, PS_VAE, SEEDS, SWEEP
 
 Results = dict[str, dict[str, Any]]  # by stage
+MADE = {"frechet": -1, "frechet_turns": -1, "frechet_decoded": -1, "class_accuracy": 1}
+"""Measures of generators; 1 where more is better."""
 
 
 @dataclass(frozen=True)
@@ -14,53 +16,54 @@ class Ordering:
     """One claim.
 
     Attributes:
-        says: as the paper has it, with its place.
-        kind: ``space``, of measures after training; ``generator``, of the generators' last ones; ``kept``, of the
-            shortcut test.
-        metric: of the results.
-        names: from the smallest to the largest value; ``a - b`` is a difference of two.
+        where: in the paper.
+        names: from the smallest to the largest value; of generators from the best to the worst. ``a - b`` is a
+            difference of two.
+        metric: of the results; generators are compared in each of `MADE`, their measures.
+        kind: of stages: ``kept`` are those of the shortcut test, ``coarse`` those of larger cells.
+        later: written after the first seed's results, before those of the others and of the coarse ones.
     """
 
-    says: str
-    kind: str
-    metric: str
+    where: str
     names: tuple[str, ...]
-
-
-def made(says: str, *best_first: str) -> tuple[Ordering, Ordering]:
-    """A claim on generation, in both measures."""
-    return (
-        Ordering(f"{says}: Fréchet distance", "generator", "frechet", best_first),
-        Ordering(f"{says}: class right", "generator", "class_accuracy", best_first[::-1]),
-    )
+    metric: str = ""
+    kind: Literal["space", "generator", "kept", "coarse", "coarse-generator"] = "space"
+    later: bool = False
 
 
 LESS, MORE = (f"ps-vae-{b} - ps-vae-{a}" for a, b in (SWEEP[-2:], SWEEP[:2]))
-ORDERINGS = (
-    Ordering("Tables 2, 4, 6: PSNR of S-VAE < RAE < PS-VAE < RAE-HD", "space", "psnr",
-             ("s-vae", "rae", PS_VAE, "rae-hd")),
-    Ordering("Table 4: PSNR of PS-VAE < P-VAE", "space", "psnr", (PS_VAE, "p-vae")),
-    Ordering("Tables 2, 4: rFID of RAE-HD < PS-VAE < P-VAE < RAE < S-VAE", "space", "frechet",
-             ("rae-hd", PS_VAE, "p-vae", "rae", "s-vae")),
-    Ordering("Table 4: probe of P-VAE < PS-VAE < S-VAE < RAE", "space", "probe", ("p-vae", PS_VAE, "s-vae", "rae")),
-    Ordering("Table 4: probe of the plain VAE < PS-VAE", "space", "probe", ("plain", PS_VAE)),
-    Ordering("Figure 11: PSNR grows with the channels", "space", "psnr", tuple(f"ps-vae-{z}" for z in SWEEP)),
-    Ordering("Figure 11: PSNR saturates: the last doubling gains less than the first", "space", "psnr", (LESS, MORE)),
-    Ordering("Table 5: probe of the two MLPs < PS-VAE < the decoder on rebuilt features", "space", "probe",
-             ("mlp", PS_VAE, "on-features")),
-    Ordering("Table 5: PSNR of PS-VAE < the decoder on rebuilt features", "space", "psnr", (PS_VAE, "on-features")),
-    Ordering("Section 5.4: PSNR from the channels that moved least < most", "kept", "psnr", ("still", "moved")),
-    Ordering("Section 5.4: PSNR from the same channels of the frozen encoder < tuned", "kept", "psnr",
-             ("frozen", "moved")),
-    *made("Tables 2, 6: generation of PS-VAE better than RAE better than RAE-HD", PS_VAE, "rae", "rae-hd"),
-    *made("Table 4: generation of PS-VAE better than P-VAE better than S-VAE better than RAE",
-          PS_VAE, "p-vae", "s-vae", "rae"),
-    *made("Table 2: generation of PS-VAE better than the plain VAE", PS_VAE, "plain"),
-    *made("Table 5: generation of PS-VAE better than the decoder on rebuilt features better than the two MLPs",
-          PS_VAE, "on-features", "mlp"),
-    *made("ReaLS: generation better than in the plain VAE", "reals", "plain"),
-    Ordering("ReaLS: probe of the plain VAE < ReaLS", "space", "probe", ("plain", "reals")),
-)  # fmt: skip
+SPACES = (
+    Ordering("Tables 2, 4, 6", ("s-vae", "rae", PS_VAE, "rae-hd"), "psnr"),
+    Ordering("Tables 2, 4, 6", ("s-vae", "rae", PS_VAE, "rae-hd"), "ssim", later=True),
+    Ordering("Table 4", (PS_VAE, "p-vae"), "psnr"),
+    Ordering("Table 2", ("plain", PS_VAE), "psnr", later=True),
+    Ordering("Tables 2, 4, 6", ("rae-hd", PS_VAE, "p-vae", "rae", "s-vae"), "frechet"),
+    Ordering("Table 2", (PS_VAE, "plain"), "frechet", later=True),
+    Ordering("Table 4", ("p-vae", PS_VAE, "s-vae", "rae"), "probe"),
+    Ordering("Table 4", ("plain", PS_VAE), "probe"),
+    Ordering("Figure 11", tuple(f"ps-vae-{z}" for z in SWEEP), "psnr"),
+    Ordering("Figure 11", (LESS, MORE), "psnr"),
+    Ordering("Table 5", ("mlp", PS_VAE, "on-features"), "probe"),
+    Ordering("Table 5", (PS_VAE, "on-features"), "psnr"),
+    Ordering("Table 5", (PS_VAE, "mlp"), "psnr", later=True),
+    Ordering("Section 5.4", ("still", "moved"), "psnr", "kept"),
+    Ordering("Section 5.4", ("frozen", "moved"), "psnr", "kept"),
+    Ordering("Tables 2, 6, coarse", ("rae", COARSE_PS_VAE, "rae-hd"), "psnr", "coarse", later=True),
+    Ordering("ReaLS", ("plain", "reals"), "probe"),
+)
+GENERATORS = (
+    Ordering("Tables 2, 6", (PS_VAE, "rae", "rae-hd"), kind="generator"),
+    Ordering("Table 4", (PS_VAE, "p-vae", "s-vae", "rae"), kind="generator"),
+    Ordering("Table 2", (PS_VAE, "plain"), kind="generator"),
+    Ordering("Table 2", ("plain", "rae"), kind="generator", later=True),
+    Ordering("Table 5", (PS_VAE, "on-features", "mlp"), kind="generator"),
+    Ordering("Tables 2, 6, coarse", (COARSE_PS_VAE, "rae", "rae-hd"), kind="coarse-generator", later=True),
+    Ordering("ReaLS", ("reals", "plain"), kind="generator"),
+)
+SAID = LABELS | {
+    "moved": "the channels that moved most", "still": "those that moved least", "frozen": "the same ones, frozen",
+    LESS: f"gain from {SWEEP[-2]} to {SWEEP[-1]} channels", MORE: f"gain from {SWEEP[0]} to {SWEEP[1]}",
+}  # fmt: skip
 
 
 def value(results: Results, kind: str, name: str, metric: str, seed: int) -> float | None:
@@ -68,12 +71,17 @@ def value(results: Results, kind: str, name: str, metric: str, seed: int) -> flo
     if " - " in name:
         one, other = (value(results, kind, part, metric, seed) for part in name.split(" - "))
         return None if one is None or other is None else one - other
-    if kind == "generator":
-        curve = results.get(f"generator-{name}-{seed}", {}).get("curve")
-        return None if not curve else curve[max(curve, key=int)][metric]
-    if kind == "kept":
-        return results.get(f"kept-{name}", {}).get(metric) if seed == 0 else None
-    return results.get(f"space-{seed}-{name}", {}).get(metric)
+    if kind in ("space", "generator"):
+        stage = results.get({"space": f"space-{seed}-{name}", "generator": f"generator-{name}-{seed}"}[kind], {})
+    else:
+        stage = results.get(f"{kind}-{name}", {}) if seed == SEEDS[0] else {}
+    return last_of(stage).get(metric) if kind.endswith("generator") else stage.get(metric)
+
+
+def last_of(stage: dict[str, Any]) -> dict[str, float]:
+    """Of a generator, its measures at the last step; none where it has not run."""
+    curve = stage.get("curve", {})
+    return curve[max(curve, key=int)] if curve else {}
 
 
 def over_seeds(results: Results, kind: str, name: str, metric: str) -> list[float]:
@@ -81,29 +89,57 @@ def over_seeds(results: Results, kind: str, name: str, metric: str) -> list[floa
     return [number for number in found if number is not None]
 
 
-def verdict(results: Results, ordering: Ordering) -> tuple[str, str]:
-    """Whether it appeared; and of each neighbouring pair the difference, seed by seed of those that have both."""
-    held, shown = [], []
-    for a, b in pairwise(ordering.names):
-        pairs = [[value(results, ordering.kind, name, ordering.metric, seed) for name in (a, b)] for seed in SEEDS]
-        gains = [more - less for less, more in pairs if less is not None and more is not None]
-        if gains:
-            right = sum(gain > 0 for gain in gains)
-            held.append(right == len(gains))
-            shown.append(f"{a} < {b} in {right} of {len(gains)}: {spread(gains)}")
-    if len(held) < len(ordering.names) - 1:
-        return "not measured", "; ".join(shown)
-    if all(held):
-        return "appears", "; ".join(shown)
-    return f"in part: {sum(held)} of {len(held)}" if any(held) else "does not appear", "; ".join(shown)
+class Pair(NamedTuple):
+    """Two neighbours of an ordering.
+
+    Attributes:
+        names: of the first and the second, to be read.
+        gains: by how much they differ, seed by seed; positive as in the paper.
+        error: standard error of their mean.
+    """
+
+    names: tuple[str, str]
+    gains: list[float]
+    error: float
+
+    def __str__(self) -> str:
+        if not self.gains:
+            return "not measured"
+        mean = average(self.gains)
+        verdict = "undecided" if abs(mean) <= 2 * self.error else "appears" if mean > 0 else "the opposite"
+        return f"{verdict}: {spread(self.gains)}"
+
+
+def pairs(results: Results, ordering: Ordering, metric: str) -> list[Pair]:
+    """Neighbours of ``ordering``, each in the paper's order.
+
+    The error of a pair of one seed is what it would be if both spread as those with more seeds do on the average.
+    """
+    generated = ordering.kind.endswith("generator")
+    sign, kind, found = -MADE[metric] if generated else 1, "generator" if generated else "space", []
+    several = [numbers for name in GENERATED if len(numbers := over_seeds(results, kind, name, metric)) > 1]
+    typical = (2 * average([deviation(numbers) ** 2 for numbers in several])) ** 0.5 if several else 0.0
+    for one, other in pairwise(ordering.names):
+        both = [[value(results, ordering.kind, name, metric, seed) for name in (one, other)] for seed in SEEDS]
+        gains = [sign * (b - a) for a, b in both if a is not None and b is not None]
+        error = deviation(gains) / len(gains) ** 0.5 if len(gains) > 1 else typical
+        found.append(Pair((SAID[one], SAID[other]), gains, error))
+    return found
+
+
+def average(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def deviation(numbers: list[float]) -> float:
+    """Standard deviation; 0 of one number."""
+    mean = average(numbers)
+    return (sum((x - mean) ** 2 for x in numbers) / max(1, len(numbers) - 1)) ** 0.5
 
 
 def spread(numbers: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation, the latter of two seeds or more."""
     if not numbers:
         return "·"
-    mean = sum(numbers) / len(numbers)
-    if len(numbers) == 1:
-        return f"{mean:.{digits}f}"
-    deviation = (sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) ** 0.5
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+    shown = f"{average(numbers):.{digits}f}"
+    return shown if len(numbers) == 1 else f"{shown} ± {deviation(numbers):.{digits}f}"

@@ -3,7 +3,7 @@ its numbers."""
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import ClassVar
 
 import datasets
@@ -439,30 +439,50 @@ def test_measures_of_made_pictures(encoder, tmp_path):
 
 
 def results(**values):
-    """Two seeds of PSNR; the second has another order where the names end in an underscore."""
-    return {f"space-{seed}-{name}": {"psnr": value} for name, pair in values.items() for seed, value in enumerate(pair)}
+    """PSNR by seed."""
+    named = {name.replace("_", "-"): pair for name, pair in values.items()}
+    return {f"space-{seed}-{name}": {"psnr": value} for name, pair in named.items() for seed, value in enumerate(pair)}
 
 
 def test_verdicts():
-    claim = orderings.Ordering("a < b", "space", "psnr", ("a", "b"))
-    assert orderings.verdict(results(a=(1, 1), b=(2, 3)), claim) == ("appears", "a < b in 2 of 2: 1.500 ± 0.707")
-    assert orderings.verdict(results(a=(1, 4), b=(2, 3)), claim) == (
-        "does not appear",
-        "a < b in 1 of 2: 0.000 ± 1.414",
-    )
-    assert orderings.verdict(results(a=(3, 4)), claim)[0] == "not measured"
-    chain = orderings.Ordering("a < b < c", "space", "psnr", ("a", "b", "c"))
-    found = results(a=(1, 1), b=(3, 3), c=(2, 4))
-    assert orderings.verdict(found, chain)[0] == "in part: 1 of 2"
-    gains = orderings.Ordering("c - b < b - a", "space", "psnr", ("c - b", "b - a"))
-    assert orderings.verdict(found, gains) == ("appears", "c - b < b - a in 2 of 2: 2.000 ± 1.414")
+    claim = orderings.Ordering("Table 4", ("s-vae", "rae"), "psnr")
+
+    def said(**values):
+        return [str(pair) for pair in orderings.pairs(results(**values), claim, "psnr")]
+
+    assert said(s_vae=(1, 1), rae=(2, 3)) == ["appears: 1.500 ± 0.707"]
+    assert said(s_vae=(2, 3), rae=(1, 1)) == ["the opposite: -1.500 ± 0.707"]
+    assert said(s_vae=(1, 4), rae=(2, 3)) == ["undecided: 0.000 ± 1.414"]
+    assert said(s_vae=(1,), rae=(2,)) == ["appears: 1.000"]
+    assert said(s_vae=(3, 4)) == ["not measured"]
+    # a single seed is as uncertain as the others are
+    assert said(s_vae=(1,), rae=(2,), rae_hd=(3, 4)) == ["undecided: 1.000"]
+    assert said(s_vae=(1,), rae=(2,), rae_hd=(3, 3.1)) == ["appears: 1.000"]
+    claim = orderings.Ordering("Figure 11", (orderings.LESS, orderings.MORE), "psnr")
+    assert said(ps_vae_4=(1,), ps_vae_8=(3,), ps_vae_32=(4,), ps_vae_64=(5,)) == ["appears: 1.000"]
+
+
+def test_of_generators_less_distance_and_more_accuracy_is_better():
+    claim = orderings.Ordering("Table 2", ("reals", "plain"), kind="generator")
+    found = {
+        f"generator-{name}-0": {"curve": {"9": {"frechet": 0.0}, "10": {"frechet": distance, "class_accuracy": right}}}
+        for name, distance, right in (("plain", 8.0, 0.5), ("reals", 6.0, 0.4))
+    }
+    (pair,) = orderings.pairs(found, claim, "frechet")
+    assert (pair.names, pair.gains) == (("ReaLS", "plain VAE"), [2.0])
+    (pair,) = orderings.pairs(found, claim, "class_accuracy")
+    assert pair.gains == [pytest.approx(-0.1)]
+
+
+def test_spread():
     assert orderings.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert orderings.spread([1.0], 1) == "1.0"
 
 
 def test_every_ordering_is_measured_by_some_stage(tmp_path):
     names = {name for name, _ in run.stages(run.Run(plan.WHOLE, tmp_path, split(2), split(2), CPU))}
-    for claim in orderings.ORDERINGS:
-        pattern = {"generator": "generator-{}-0", "space": "space-0-{}", "kept": "kept-{}"}[claim.kind]
+    for claim in (*orderings.SPACES, *orderings.GENERATORS):
+        pattern = {"generator": "generator-{}-0", "space": "space-0-{}"}.get(claim.kind, f"{claim.kind}-{{}}")
         assert {pattern.format(part) for name in claim.names for part in name.split(" - ")} <= names
 
 
@@ -480,17 +500,21 @@ def test_the_page_is_drawn_from_the_numbers(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     numbers = {
-        "space-0-rae": {"psnr": 12.345, "probe": 0.8}, f"space-0-{plan.PS_VAE}": {"psnr": 23.456, "probe": 0.7},
+        "space-0-rae": {"psnr": 12.345, "probe": 0.8}, "space-1-rae": {"psnr": 14.345, "probe": 0.8},
+        f"space-0-{plan.PS_VAE}": {"psnr": 23.456, "probe": 0.7},
         **{
-            f"generator-{name}-0": {"curve": {"5": {"frechet": frechet, "class_accuracy": 0.5}}}
+            f"generator-{name}-0": {"parameters_m": 1.25, "curve": {"5": {"frechet": frechet, "class_accuracy": 0.5}}}
             for name, frechet in (("rae", 7.25), ("plain", 8.0), ("reals", 6.0))
         },
     }  # fmt: skip
     for name, content in numbers.items():
         (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3, "on": "CPU cores: 2"}))
-    (tmp_path / "plan.json").write_text(json.dumps({"width": 128, "depth": 6, "precision": "bf16"}))
+    (tmp_path / "plan.json").write_text(json.dumps({"precision": "bf16", **asdict(plan.WHOLE)}))
     page = report.write(folder, tmp_path, tmp_path / "docs").read_text()
-    for shown in ("12.35", "23.46", "7.25", "0.2 hours (CPU cores: 2)", "not measured", "8.00 | 6.00 | -25 %"):
+    for shown in (
+        "| RAE | 13.35 ± 1.41 |", "23.46", "7.25", "0.6 core hours of a CPU", "1.25 M parameters",
+        "| Tables 2, 4, 6 | PSNR | RAE < PS-VAE | appears: 11.111 |", "not measured", "8.00 | 6.00 | -25 %",
+    ):  # fmt: skip
         assert shown in page, shown
     assert json.loads((tmp_path / "docs" / "reproduction.json").read_text())["stages"]["space-0-rae"]["psnr"] == 12.345
     assert (tmp_path / "docs" / "images" / "reproduction_generation.png").stat().st_size > 5000
