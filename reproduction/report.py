@@ -114,7 +114,7 @@ def head(found: Results, plan: dict[str, Any]) -> str:
 `python -m reproduction.run --data cifar10/` trains everything below on CIFAR-10 and writes this page and
 [its numbers](reproduction.json): {len(found)} stages, {work(found)}, {plan["precision"]}.
 What is trained, by which of the library's classes, and what differs from the papers:
-[reproduction/](../reproduction/). The orders of the papers are looked for
+[reproduction/](../reproduction/README.md). The orders of the papers are looked for
 [below](#does-each-ordering-appear); [remarks](#remarks) say why some do not appear.
 
 The representation encoder is a Vision Transformer of width {plan["width"]} and depth {plan["depth"]} with 8 × 8
