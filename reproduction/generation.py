@@ -8,15 +8,16 @@ classes it would hide how well each space is learned.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from frechet import frechet_distance
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, flow
 from reproduction.cifar import CLASSES, Split, to_images
-from reproduction.classifiers import Judges, accuracy
+from reproduction.classifiers import Judge, Judges, accuracy
 from reproduction.measures import BATCH, eight_bits, painter, rounded
 from reproduction.training import Machine, Recipe, batched, done, end, fit
 
@@ -110,10 +111,23 @@ def train_generator(
     return trained
 
 
+class Blurred(NamedTuple):
+    """A judge that sees half of the resolution."""
+
+    judge: Judge
+
+    def features(self, images: Tensor) -> Tensor:
+        small = F.interpolate(images, scale_factor=0.5, mode="area")
+        return self.judge.features(F.interpolate(small, scale_factor=2, mode="bilinear"))
+
+
 class Measure:
-    """Of made pictures: how often their class is right, and Fréchet distances from the test pictures in the features of
-    both judges, and in those of the first one from the test pictures as the space reconstructs them
-    (``frechet_decoded``), where the decoder's own faults cancel."""
+    """Of made pictures: how often their class is right, and Fréchet distances from the test pictures.
+
+    In the features of both judges; in those of the first with both sides blurred (``frechet_blurred``), which leaves
+    texture out; and from the test pictures as the space reconstructs them (``frechet_decoded``), where the decoder's
+    own faults cancel.
+    """
 
     def __init__(self, vae: PSVAE | PixelVAE, test: Split, judges: Judges, machine: Machine) -> None:
         self.judges, self.machine = judges, machine
@@ -122,6 +136,7 @@ class Measure:
         self.references = {
             "frechet": (judges.classes, batched(judges.classes.features, real, machine)),
             "frechet_turns": (judges.turns, batched(judges.turns.features, real, machine)),
+            "frechet_blurred": (Blurred(judges.classes), batched(Blurred(judges.classes).features, real, machine)),
             "frechet_decoded": (judges.classes, batched(judges.classes.features, decoded, machine)),
         }
 

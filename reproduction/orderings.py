@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from reproduction.plan import COARSE_PS_VAE, GENERATED, LABELS, PS_VAE, SEEDS, SWEEP
 
 Results = dict[str, dict[str, Any]]  # by stage
-MADE = {"frechet": -1, "frechet_turns": -1, "frechet_decoded": -1, "class_accuracy": 1}
+MADE = {"frechet": -1, "frechet_turns": -1, "frechet_blurred": -1, "frechet_decoded": -1, "class_accuracy": 1}
 """Measures of generators; 1 where more is better."""
 
 

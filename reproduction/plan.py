@@ -2,7 +2,7 @@
 
 What results changed, and nothing else: the encoder's steps (its probe missed 75 %), before anything was trained on it;
 and after the first seed, where PS-VAE did not come before RAE, what could explain that was added: `LONGER`, `COARSE`, a
-generator in `WIDEST`, larger KL weights, two more Fréchet distances, and a look at longer sampling. The statistics of
+generator in `WIDEST`, larger KL weights, three more Fréchet distances, and a look at longer sampling. The statistics of
 the plain VAE and of ReaLS became those of each channel, and the first seed's generators were trained again.
 """
 

@@ -56,9 +56,10 @@ COLOURS = plt.get_cmap("tab10").colors
 EPOCH = 50_000  # pictures
 SAID = {  # of the metrics
     "psnr": "PSNR", "ssim": "SSIM", "frechet": "Fréchet", "frechet_turns": "Fréchet, turns",
-    "frechet_decoded": "Fréchet, decoded", "class_accuracy": "class right", "probe": "probe",
+    "frechet_blurred": "Fréchet, blurred", "frechet_decoded": "Fréchet, decoded",
+    "class_accuracy": "class right", "probe": "probe",
 }  # fmt: skip
-DIGITS = {"psnr": 2, "frechet": 2, "frechet_turns": 2, "frechet_decoded": 2}  # else 3
+DIGITS = {"psnr": 2, "frechet": 2, "frechet_turns": 2, "frechet_blurred": 2, "frechet_decoded": 2}  # else 3
 
 
 def write(results: Path, output: Path, docs: Path) -> Path:
@@ -255,9 +256,10 @@ One class-conditional `DeepFusionDiT` with the wide head in each space: {size} M
 √(channels / 16) and in sampling by 3, both as in the paper, {sizes["updates"]} updates, no guidance.
 {sizes["samples"]} pictures are made each time; a random class is right with 0.1.
 
-"Fréchet" and "turns" compare with the test pictures; "decoded" with the test pictures as the space itself reconstructs
-them, so that the decoder's own faults cancel. "Reconstructed" are those reconstructions themselves, from the table
-above. The paper's GenEval asks whether a picture holds what its text says, which a blur hardly changes.
+"Fréchet" and "turns" compare with the test pictures, "blurred" with half of the resolution, without texture. "decoded"
+compares with the test pictures as the space itself reconstructs them, so that the decoder's own faults cancel.
+"Reconstructed" are those reconstructions themselves, from the table above. The paper's GenEval asks whether a picture
+holds what its text says, which texture hardly changes.
 
 ![Fréchet distance and class accuracy against steps](images/reproduction_generation.png)
 

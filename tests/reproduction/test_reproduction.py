@@ -435,6 +435,14 @@ def test_measures_of_made_pictures(encoder, tmp_path):
     assert decoded["frechet_turns"] > 0.1
 
 
+def test_a_blurred_judge_sees_no_texture():
+    judge = generation.Blurred(classifiers.Judge(4, 10).eval())
+    grey, board = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
+    board[..., ::2, ::2] = board[..., 1::2, 1::2] = -1
+    assert torch.equal(judge.features(board), judge.features(grey))
+    assert not torch.allclose(judge.judge.features(board), judge.judge.features(grey))
+
+
 # Orderings and the page
 
 
