@@ -149,4 +149,5 @@ def batched(
 ) -> Tensor:
     """``read`` of all items, part by part, without gradients, in ``dtype`` and on the CPU."""
     with torch.inference_mode(), machine.autocast():
-        return torch.cat([read(part.to(machine.device)).to("cpu", dtype) for part in items.split(size)])
+        found = [read(part.to(machine.device)).to("cpu", dtype) for part in items.split(size)]
+    return torch.cat(found)  # autocast on a CPU refuses halves

@@ -401,22 +401,24 @@ def test_the_shift_is_the_papers(channels, shift):
     assert flow.dimension_shift(channels, 1, 64, base=generation.BASE_CHANNELS * 64) == pytest.approx(shift, abs=1e-3)
 
 
-def test_generates_in_a_space(encoder, tmp_path):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_generates_in_a_space(encoder, tmp_path, bf16):
+    machine = training.Machine(torch.device("cpu"), bf16)
     train, sizes = split(20), replace(plan.Plan().sizes, width=32, layers=1, head_width=32, samples=10, updates=2)
-    spaces.train_phase("rae-half", encoder, tmp_path, train, training.Recipe(2, 4, 1e-3, 0), CPU)
-    vae = spaces.load_space("rae-half", tmp_path, train, CPU)
-    moments = generation.encode(vae, train, 20, CPU)
+    spaces.train_phase("rae-half", encoder, tmp_path, train, training.Recipe(2, 4, 1e-3, 0), machine)
+    vae = spaces.load_space("rae-half", tmp_path, train, machine)
+    moments = generation.encode(vae, train, 20, machine)
     assert moments.mean.shape == (20, WIDTH, 8, 8)
     assert moments.mean.float().std() == pytest.approx(1.0, abs=0.2)
     assert not moments.std.any()  # RAE's latents are points
     looks = []
     recipe = training.Recipe(8, 4, 1e-3, seed=1, ema=0.9)
-    arguments = (moments, sizes, recipe, tmp_path / "g", CPU, lambda model, step: looks.append(step))
+    arguments = (moments, sizes, recipe, tmp_path / "g", machine, lambda model, step: looks.append(step))
     model, kept = (generation.train_generator(*arguments) for _ in range(2))
     assert looks == [3, 6, 8]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
     shape = (10, WIDTH, 8, 8)
-    first, again, other = (generation.sample(model, vae, shape, 2, seed, CPU) for seed in (0, 0, 1))
+    first, again, other = (generation.sample(model, vae, shape, 2, seed, machine) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
