@@ -33,7 +33,7 @@ from reproduction.plan import (
     SEEDS,
     SWEEP,
 )
-from reproduction.spaces import ABLATED, CONVOLUTIONAL
+from reproduction.spaces import ABLATED, COARSE_PS_VAE, CONVOLUTIONAL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,13 +62,17 @@ SAID = {  # of the metrics
 DIGITS = {"psnr": 2, "frechet": 2, "frechet_turns": 2, "frechet_blurred": 2, "frechet_decoded": 2}  # else 3
 
 
-def write(results: Path, output: Path, docs: Path) -> Path:
-    """The page, the numbers that it was drawn from, and the figures below ``docs``."""
+def write(results: Path, output: Path, docs: Path, planned: int) -> Path:
+    """The page, the numbers that it was drawn from, and the figures below ``docs``.
+
+    Args:
+        planned: stages; the page says how many of them have run.
+    """
     found: Results = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
     plan = json.loads((output / "plan.json").read_text())
     images = docs / "images"
     images.mkdir(parents=True, exist_ok=True)
-    parts = [head(found, plan), spaces_section(found, plan)]
+    parts = [head(found, plan, planned), spaces_section(found, plan)]
     if draw_sweep(found, images / "reproduction_channels.png"):
         parts.append(sweep_section(found))
     parts += [shortcut_section(found), generation_section(found, plan, output, images)]
@@ -105,7 +109,8 @@ def of_paper(name: str, *metrics: str) -> list[str]:
 # Sections
 
 
-def head(found: Results, plan: dict[str, Any]) -> str:
+def head(found: Results, plan: dict[str, Any], planned: int) -> str:
+    ran = str(planned) if len(found) == planned else f"so far {len(found)} of {planned}"
     encoder, judge, turns = (found.get(name, {}) for name in ("encoder", "judge", "judge-of-turns"))
     return f"""
 # The papers' tables, small
@@ -113,7 +118,7 @@ def head(found: Results, plan: dict[str, Any]) -> str:
 <!-- written by `python -m reproduction.run`; the remarks at the end come from reproduction/remarks.md -->
 
 `python -m reproduction.run --data cifar10/` trains everything below on CIFAR-10 and writes this page and
-[its numbers](reproduction.json): {len(found)} stages, {work(found)}, {plan["precision"]}.
+[its numbers](reproduction.json): {ran} stages, {work(found)}, {plan["precision"]}.
 What is trained, by which of the library's classes, and what differs from the papers:
 [reproduction/](../reproduction/README.md). The orders of the papers are looked for
 [below](#does-each-ordering-appear); [remarks](#remarks) say why some do not appear.
@@ -289,7 +294,8 @@ def coarse_section(found: Results, plan: dict[str, Any]) -> str:
     rows = [
         [
             LABELS[name], *cells(found.get(f"coarse-{name}", {}), "psnr", "ssim", "detail", "frechet", "probe"),
-            *cells(last_of(found.get(f"coarse-generator-{name}", {})), *MADE), *of_paper(name, "psnr"),
+            *cells(last_of(found.get(f"coarse-generator-{name}", {})), *MADE),
+            *of_paper(PS_VAE if name == COARSE_PS_VAE else name, "psnr"),
         ]
         for name in COARSE
     ]  # fmt: skip

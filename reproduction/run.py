@@ -321,7 +321,7 @@ def main(options: Options) -> None:
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
     if not options.only:
         whole = not options.quick and all((results / f"{name}.json").exists() for name in planned)
-        print(f"the page is {report.write(results, output, ROOT / 'docs' if whole else output)}")
+        print(f"the page is {report.write(results, output, ROOT / 'docs' if whole else output, len(planned))}")
     if failed:
         raise SystemExit(
             f"{len(failed)} stages failed, see above: {', '.join(failed)}; the same command tries them again"

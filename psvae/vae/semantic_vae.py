@@ -41,7 +41,7 @@ class SemanticVAEConfig(Config):
         block_init: ``"fresh"``, or ``"encoder"``: `PSVAE.from_encoder` copies the encoder's last blocks
             into both halves. "Inherited from the representation encoder" can be read either way.
         initial_logvar: the log-variance at initialisation, before the features have a say. Measured on a small model,
-            little noise at first learns faster than the prior's own, 0 (reproduction/).
+            little noise at first learns faster than the prior's own, 0 (docs/reproduction.md).
     """
 
     feature_dim: int = 768

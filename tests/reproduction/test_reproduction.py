@@ -520,9 +520,9 @@ def test_the_page_is_drawn_from_the_numbers(tmp_path):
     for name, content in numbers.items():
         (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3, "on": "CPU cores: 2"}))
     (tmp_path / "plan.json").write_text(json.dumps({"precision": "bf16", **asdict(plan.WHOLE)}))
-    page = report.write(folder, tmp_path, tmp_path / "docs").read_text()
+    page = report.write(folder, tmp_path, tmp_path / "docs", 9).read_text()
     for shown in (
-        "| RAE | 13.35 ± 1.41 |", "23.46", "7.25", "0.6 core hours of a CPU", "1.25 M parameters",
+        "| RAE | 13.35 ± 1.41 |", "23.46", "7.25", "so far 6 of 9 stages, 0.6 core hours of a CPU", "1.25 M parameters",
         "| Tables 2, 4, 6 | PSNR | RAE < PS-VAE | appears: 11.111 |", "not measured", "8.00 | 6.00 | -25 %",
     ):  # fmt: skip
         assert shown in page, shown
