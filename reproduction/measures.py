@@ -16,7 +16,7 @@ from reproduction.classifiers import Judges, accuracy
 from reproduction.training import Machine, batched
 
 BATCH = 250
-COARSE = 5.5  # cycles per picture: what is slower, the detail leaves out
+SLOW = 5.5  # cycles per picture: what is slower, the detail leaves out
 
 
 def rounded(numbers: dict[str, Any]) -> dict[str, float]:
@@ -48,7 +48,7 @@ def reconstruction(
 def detail(images: Tensor) -> float:
     """The energy of all but the slowest waves, of images ``N 3 H W``."""
     rows, columns = torch.fft.fftfreq(images.shape[2]), torch.fft.rfftfreq(images.shape[3])
-    fine = (rows[:, None] * images.shape[2]).hypot(columns * images.shape[3]) > COARSE
+    fine = (rows[:, None] * images.shape[2]).hypot(columns * images.shape[3]) > SLOW
     return sum(float(torch.fft.rfft2(part).abs().square()[..., fine].sum()) for part in images.split(BATCH))
 
 

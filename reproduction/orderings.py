@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
 from reproduction.plan import COARSE_PS_VAE, GENERATED, LABELS, PS_VAE, SEEDS, SWEEP
@@ -105,7 +106,7 @@ class Pair(NamedTuple):
     def __str__(self) -> str:
         if not self.gains:
             return "not measured"
-        mean = average(self.gains)
+        mean = fmean(self.gains)
         verdict = "undecided" if abs(mean) <= 2 * self.error else "appears" if mean > 0 else "the opposite"
         return f"{verdict}: {spread(self.gains)}"
 
@@ -118,7 +119,7 @@ def pairs(results: Results, ordering: Ordering, metric: str) -> list[Pair]:
     generated = ordering.kind.endswith("generator")
     sign, kind, found = -MADE[metric] if generated else 1, "generator" if generated else "space", []
     several = [numbers for name in GENERATED if len(numbers := over_seeds(results, kind, name, metric)) > 1]
-    typical = (2 * average([deviation(numbers) ** 2 for numbers in several])) ** 0.5 if several else 0.0
+    typical = (2 * fmean([deviation(numbers) ** 2 for numbers in several])) ** 0.5 if several else 0.0
     for one, other in pairwise(ordering.names):
         both = [[value(results, ordering.kind, name, metric, seed) for name in (one, other)] for seed in SEEDS]
         gains = [sign * (b - a) for a, b in both if a is not None and b is not None]
@@ -127,19 +128,14 @@ def pairs(results: Results, ordering: Ordering, metric: str) -> list[Pair]:
     return found
 
 
-def average(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers)
-
-
 def deviation(numbers: list[float]) -> float:
     """Standard deviation; 0 of one number."""
-    mean = average(numbers)
-    return (sum((x - mean) ** 2 for x in numbers) / max(1, len(numbers) - 1)) ** 0.5
+    return stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def spread(numbers: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation, the latter of two seeds or more."""
     if not numbers:
         return "·"
-    shown = f"{average(numbers):.{digits}f}"
+    shown = f"{fmean(numbers):.{digits}f}"
     return shown if len(numbers) == 1 else f"{shown} ± {deviation(numbers):.{digits}f}"
