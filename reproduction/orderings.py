@@ -103,12 +103,15 @@ class Pair(NamedTuple):
     gains: list[float]
     error: float
 
-    def __str__(self) -> str:
+    @property
+    def verdict(self) -> str:
         if not self.gains:
             return "not measured"
         mean = fmean(self.gains)
-        verdict = "undecided" if abs(mean) <= 2 * self.error else "appears" if mean > 0 else "the opposite"
-        return f"{verdict}: {spread(self.gains)}"
+        return "undecided" if abs(mean) <= 2 * self.error else "appears" if mean > 0 else "the opposite"
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {spread(self.gains)}" if self.gains else self.verdict
 
 
 def pairs(results: Results, ordering: Ordering, metric: str) -> list[Pair]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +17,7 @@ from reproduction.orderings import (
     GENERATORS,
     MADE,
     SPACES,
+    Pair,
     Results,
     deviation,
     last_of,
@@ -363,16 +366,21 @@ def toy_section(found: Results) -> str:
 
 
 def orderings_section(found: Results) -> str:
+    among = [(ordering, pair) for ordering in SPACES for pair in pairs(found, ordering, ordering.metric)]
     rows = [
         [ordering.where + later(ordering), SAID[ordering.metric], f"{pair.names[0]} < {pair.names[1]}", str(pair)]
-        for ordering in SPACES
-        for pair in pairs(found, ordering, ordering.metric)
+        for ordering, pair in among
     ]
-    made = [
-        [ordering.where + later(ordering), f"{same[0].names[0]} before {same[0].names[1]}", *map(str, same)]
+    generated = [
+        (ordering, same)
         for ordering in GENERATORS
         for same in zip(*(pairs(found, ordering, metric) for metric in MADE), strict=True)
     ]
+    made = [
+        [ordering.where + later(ordering), f"{same[0].names[0]} before {same[0].names[1]}", *map(str, same)]
+        for ordering, same in generated
+    ]
+    counts = [counted(column) for column in zip(*(same for _, same in generated), strict=True)]
     return f"""
 ## Does each ordering appear?
 
@@ -381,12 +389,17 @@ where the mean is within two standard errors of 0; a single seed is given the sp
 asterisk marks what was written after the first seed's results; the rest was written before any. Of the measures of
 generators "turns", "blurred" and "decoded" came after the first seed too.
 
-{table(["the paper", "measure", "order", "here"], rows)}
+{table(["the paper", "measure", "order", "here"], [*rows, ["", "", "all", counted([pair for _, pair in among])]])}
 
 Of generators the better one comes first:
 
-{table(["the paper", "order", *(SAID[metric] for metric in MADE)], made)}
+{table(["the paper", "order", *(SAID[metric] for metric in MADE)], [*made, ["", "all", *counts]])}
 """
+
+
+def counted(found: Iterable[Pair]) -> str:
+    """How many of them have each verdict, the most frequent one first."""
+    return ", ".join(f"{verdict}: {n}" for verdict, n in Counter(pair.verdict for pair in found).most_common())
 
 
 def later(ordering: Any) -> str:
