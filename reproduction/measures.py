@@ -47,9 +47,9 @@ def reconstruction(
 
 def detail(images: Tensor) -> float:
     """The energy of all but the slowest waves, of images ``N 3 H W``."""
-    rows, columns = torch.fft.fftfreq(images.shape[2]), torch.fft.rfftfreq(images.shape[3])
-    fine = (rows[:, None] * images.shape[2]).hypot(columns * images.shape[3]) > SLOW
-    return sum(float(torch.fft.rfft2(part).abs().square()[..., fine].sum()) for part in images.split(BATCH))
+    rows, columns = (torch.fft.fftfreq(size) * size for size in images.shape[2:])
+    fine = rows[:, None].hypot(columns) > SLOW
+    return sum(float(torch.fft.fft2(part).abs().square()[..., fine].sum()) for part in images.split(BATCH))
 
 
 def eight_bits(images: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ PAPER_SWEEP = {32: 24.53, 48: 25.43, 64: 26.65, 80: 27.38, 96: 28.79, 112: 30.51
 COLOURS = plt.get_cmap("tab10").colors
 EPOCH = 50_000  # pictures
 SAID = {  # of the metrics
-    "psnr": "PSNR", "ssim": "SSIM", "frechet": "Fréchet", "frechet_turns": "Fréchet, turns",
+    "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "frechet": "Fréchet", "frechet_turns": "Fréchet, turns",
     "frechet_blurred": "Fréchet, blurred", "frechet_decoded": "Fréchet, decoded",
     "class_accuracy": "class right", "probe": "probe",
 }  # fmt: skip
@@ -153,7 +153,8 @@ def work(found: Results) -> str:
 
 def spaces_section(found: Results, plan: dict[str, Any]) -> str:
     names = ["rae", "s-vae", PS_VAE, "rae-hd", "p-vae", "mlp", "on-features", *CONVOLUTIONAL]
-    seen = ("psnr", "ssim", "detail", "frechet", "frechet_turns", "class_accuracy")
+    lpips = ("lpips",) if any("lpips" in stage for stage in found.values()) else ()
+    seen = ("psnr", "ssim", *lpips, "detail", "frechet", "frechet_turns", "class_accuracy")
     meant = ("probe", "probe_cells", "knn", "encoder_cosine", "feature_cosine", "active_channels", "noise")
     pictures = [[LABELS[x], *of_seeds(found, x, *seen), *of_paper(x, "psnr", "ssim", "rfid")] for x in names]
     meaning = [[LABELS[x], *of_seeds(found, x, *meant), *of_paper(x, "probe")] for x in names]

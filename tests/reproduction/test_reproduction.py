@@ -366,6 +366,8 @@ def test_the_detail_is_what_is_not_slow():
     for wave in (slow, slow.mT):
         assert measures.detail(wave) < 1e-6 * measures.detail(fine)
     assert measures.detail(fine + slow) == pytest.approx(measures.detail(fine), rel=1e-3)
+    either = torch.stack([torch.sin(6 * places), torch.sin(7 * places)]).sum(0).expand(1, 3, 32, 32) + fine.mT
+    assert measures.detail(either) == pytest.approx(measures.detail(either.mT), rel=1e-5)  # no direction counts more
 
 
 def test_turned_pictures_and_their_answers():
