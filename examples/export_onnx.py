@@ -263,16 +263,24 @@ def export_part(name: str, part: Part, options: Options) -> None:
             difference, share = compare(file, part, sizes, options)
             size = sum(written.stat().st_size for written in staging.iterdir())
             target = options.output / file.name
-            for old in (target, target.with_name(f"{target.name}.data")):  # whose weights may lie beside it
-                old.unlink(missing_ok=True)
-            for written in sorted(staging.iterdir(), reverse=True):
-                written.replace(options.output / written.name)
+            place(sorted(staging.iterdir(), reverse=True), target)
             said = ", ".join(word for letter, word in FREE.items() if letter in free) or "nothing"
             fixed = "" if "h" in free else f" (fixed: {' x '.join(map(str, sizes[0].grid))} cells)"
             print(
                 f"{target}: {size / 1e6:.1f} MB, free: {said}{fixed}; differs from PyTorch by at most "
                 f"{difference:.2g}, {share:.2g} of the largest value, at {len(sizes)} size{'s' * (len(sizes) > 1)}"
             )
+
+
+def place(written: list[Path], target: Path) -> None:
+    """Replace ``target`` and the weights beside it, where the file is too large to hold them; those come first."""
+    weights = target.with_name(f"{target.name}.data")
+    if len(written) > 1:
+        target.unlink(missing_ok=True)  # one file's graph never lies beside another's weights
+    for file in written:
+        file.replace(target.with_name(file.name))
+    if len(written) == 1:
+        weights.unlink(missing_ok=True)
 
 
 @contextmanager

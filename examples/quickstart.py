@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from data import IMAGE_ENDINGS, DataOptions, center_transform, read_image
+from checkpoints import write_text
+from data import IMAGE_ENDINGS, UNREADABLE, DataOptions, center_transform, read_image
 from measures import measure, step_seconds
 from pictures import save_look, save_report
 from PIL import Image
@@ -79,7 +80,7 @@ def look(options: Quickstart) -> int:
     if options.data is None:
         photographs = {name: Image.fromarray(getattr(data, name)()).convert("RGB") for name in SHOWN}
     else:
-        photographs = {file.name: read_image(file) for file in images_of(options.data, least=1)[: len(SHOWN)]}
+        photographs = {file.name: readable(file) for file in images_of(options.data, least=1)[: len(SHOWN)]}
     stride = model.config.spatial_compression_ratio
     images = {name: whole_cells(photograph, stride, name) for name, photograph in photographs.items()}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,13 @@ def look(options: Quickstart) -> int:
         print(f"{name}: {size} pixels, latents {latent_shape(model, size)}, PSNR {psnr:.2f} dB")
     print(f"the picture is {options.output / 'look.png'}; --train trains a model in a few minutes")
     return 0
+
+
+def readable(file: Path) -> Image.Image:
+    try:
+        return read_image(file)
+    except UNREADABLE as error:
+        raise SystemExit(f"{file} cannot be read as a picture ({error}); move it out of the folder") from error
 
 
 def whole_cells(photograph: Image.Image, stride: int, name: str) -> torch.Tensor:
@@ -107,9 +115,9 @@ def train(options: Quickstart) -> int:
     main(fit_steps(options, training_options(options, folder, held_out)))
     stages = {name: PSVAE.from_pretrained(options.output / name) for name in ("stage1", "stage2")}
     frozen = stages["stage1"].encoder  # frozen in stage 1, so still the original
-    image = center_transform(256)(Image.open(held_out).convert("RGB"))[None]
+    image = center_transform(256)(readable(held_out))[None]
     numbers = {name: measure(model, frozen, image, batch_size=1) for name, model in stages.items()}
-    (options.output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_text(options.output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     save_report(image, stages["stage1"], stages["stage2"], frozen, options.output / "report.png")
     print_table(numbers, held_out.stem)
     gain = numbers["stage2"]["psnr"] - numbers["stage1"]["psnr"]
@@ -119,13 +127,15 @@ def train(options: Quickstart) -> int:
 
 def prepare_photographs(options: Quickstart) -> tuple[Path, Path]:
     """A folder to train on, and one photograph that is not in it."""
-    folder = options.output / "photographs"
+    folder = options.output / ".prepared"  # a name that no one else's folder has
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "train").mkdir(parents=True)
     (folder / "held_out").mkdir()
     if options.data is not None:
         for number, file in enumerate(images_of(options.data, least=2)):
             place = "train" if number else "held_out"
+            if place == "held_out":
+                readable(file)  # before a training that ends with it
             (folder / place / f"{number:06d}-{file.name}").symlink_to(file.resolve())
     else:
         from skimage import data

@@ -1,12 +1,13 @@
 """CIFAR-10 as tensors: from a folder in the Hugging Face parquet layout, or downloaded."""
 
 import io
-import os
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from checkpoints import write_text, write_whole
 from PIL import Image
 from torch import Tensor
 
@@ -37,20 +38,42 @@ def load(data: Path | None, cache: Path) -> tuple[Split, Split]:
         data: folder with train.parquet and test.parquet, or with ``train-*`` and ``test-*`` below it; None downloads.
 
     Raises:
-        SystemExit: a split or a column is missing, or pictures are of another size.
+        SystemExit: a split or a column is missing, pictures are of another size, or the cache is of other data.
     """
-    train, test = (read(data, name, cache / f"{name}.npz") for name in ("train", "test"))
+    asked = {split: source(data, split) for split in ("train", "test")}
+    known = cache / "source.json"
+    if known.exists() and (before := json.loads(known.read_text())) != asked:
+        raise SystemExit(
+            f"{cache} was read from {before}, and {data or DATASET} is {asked}; another --output begins anew"
+        )
+    train, test = (read(data, split, cache / f"{split}.npz") for split in asked)
+    write_text(known, json.dumps(asked) + "\n")
     return train, test
+
+
+def source(data: Path | None, split: str) -> dict[str, int] | str:
+    """Files of the split, by size in bytes; or the data set of the Hub."""
+    if data is None:
+        return DATASET
+    found = {str(file.relative_to(data)): file.stat().st_size for file in files_of(data, split)}
+    if not found:
+        raise SystemExit(f"{data} has no {split}*.parquet; wanted CIFAR-10 in the Hugging Face layout, or --download")
+    return found
+
+
+def files_of(data: Path, split: str) -> list[Path]:
+    return sorted(path for path in data.rglob("*.parquet") if path.name.startswith(split))
 
 
 def read(data: Path | None, split: str, file: Path) -> Split:
     if not file.exists():
         pictures, labels = decode(data, split)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}")
-        with partial.open("wb") as opened:
-            np.savez(opened, pictures=pictures, labels=labels)
-        os.replace(partial, file)
+
+        def save(partial: Path) -> None:
+            with partial.open("wb") as opened:  # by name, numpy would add an ending
+                np.savez(opened, pictures=pictures, labels=labels)
+
+        write_whole(file, save)
     with np.load(file) as content:
         return Split(torch.from_numpy(content["pictures"]), torch.from_numpy(content["labels"]))
 
@@ -62,12 +85,7 @@ def decode(data: Path | None, split: str) -> tuple[np.ndarray, np.ndarray]:
     if data is None:
         table = datasets.load_dataset(DATASET, split=split)
     else:
-        files = sorted(str(path) for path in data.rglob("*.parquet") if path.name.startswith(split))
-        if not files:
-            raise SystemExit(
-                f"{data} has no {split}*.parquet; wanted CIFAR-10 in the Hugging Face layout, or --download"
-            )
-        table = datasets.Dataset.from_parquet(files)
+        table = datasets.Dataset.from_parquet([str(file) for file in files_of(data, split)])
     names = [next((name for name in known if name in table.column_names), None) for known in COLUMNS]
     if None in names:
         wanted = " and ".join(" or ".join(known) for known in COLUMNS)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from psvae import PSVAE, DeepFusionDiT, DeepFusionDiTConfig, PixelVAE, flow
 from reproduction.cifar import CLASSES, Split, to_images
 from reproduction.classifiers import Judge, Judges, accuracy
-from reproduction.measures import BATCH, eight_bits, painter, rounded
+from reproduction.measures import BATCH, as_saved, painter, rounded
 from reproduction.training import Machine, Recipe, batched, done, end, fit
 
 SAMPLING_SHIFT = 3.0  # the paper's, whatever the space
@@ -132,7 +132,7 @@ class Measure:
     def __init__(self, vae: PSVAE | PixelVAE, test: Split, judges: Judges, machine: Machine) -> None:
         self.judges, self.machine = judges, machine
         real = to_images(test.pictures)
-        decoded = eight_bits(batched(painter(vae), real, machine, BATCH))
+        decoded = as_saved(batched(painter(vae), real, machine, BATCH))
         self.references = {
             "frechet": (judges.classes, batched(judges.classes.features, real, machine)),
             "frechet_turns": (judges.turns, batched(judges.turns.features, real, machine)),
@@ -162,5 +162,5 @@ def sample(
             prefix = model.encode_prefix(ids.to(machine.device))
             latents = flow.sample(flow.guided(model, {"full": prefix}, None), start.to(machine.device), sigmas)
             raw = latents if isinstance(vae, PSVAE) else vae.latent_spec.denormalize(latents)
-            made.append(eight_bits(vae.decode(raw).sample.float().cpu()))
+            made.append(as_saved(vae.decode(raw).sample.float().cpu()))
     return torch.cat(made)

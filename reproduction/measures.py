@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from frechet import frechet_distance
-from measures import active_channels, picture_measures
+from measures import active_channels, eight_bits, picture_measures
 from probes import accuracies
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ def reconstruction(
         paint: images → their reconstructions, ``B 3 H W`` both.
     """
     images = to_images(test.pictures)
-    made = eight_bits(batched(paint, images, machine, BATCH))
+    made = as_saved(batched(paint, images, machine, BATCH))
     rows = [
         {name: float(value) * len(part) for name, value in picture_measures(part, original).items()}
         for part, original in zip(made.split(BATCH), images.split(BATCH), strict=True)
@@ -52,9 +52,9 @@ def detail(images: Tensor) -> float:
     return sum(float(torch.fft.fft2(part).abs().square()[..., fine].sum()) for part in images.split(BATCH))
 
 
-def eight_bits(images: Tensor) -> Tensor:
-    """As they would be saved and read."""
-    return to_images(((images.clamp(-1, 1) + 1) * 127.5).round())
+def as_saved(images: Tensor) -> Tensor:
+    """With 8 bits, and read again."""
+    return to_images(eight_bits(images))
 
 
 def semantics(
@@ -75,11 +75,13 @@ def semantics(
 def latents_of(vae: PSVAE | PixelVAE, pictures: Tensor, machine: Machine) -> Tensor:
     """The posterior's means, normalised, ``N Z h w``."""
 
-    def read(part: Tensor) -> Tensor:
-        mean = vae.encode(to_images(part)).latent_dist.mode()
-        return mean if isinstance(vae, PSVAE) else vae.latent_spec.normalize(mean)
+    return batched(lambda part: normalised(vae, to_images(part)), pictures, machine, BATCH)
 
-    return batched(read, pictures, machine, BATCH)
+
+def normalised(vae: PSVAE | PixelVAE, images: Tensor) -> Tensor:
+    """The posterior's mean as a generator sees it, ``B Z h w``."""
+    mean = vae.encode(images).latent_dist.mode()
+    return mean if isinstance(vae, PSVAE) else vae.latent_spec.normalize(mean)
 
 
 def probe(known: Tensor, classes: Tensor, unknown: Tensor, truth: Tensor) -> dict[str, float]:

@@ -37,16 +37,22 @@ SPACES = (
     Ordering("Tables 2, 4, 6", ("s-vae", "rae", PS_VAE, "rae-hd"), "psnr"),
     Ordering("Tables 2, 4, 6", ("s-vae", "rae", PS_VAE, "rae-hd"), "ssim", later=True),
     Ordering("Table 4", (PS_VAE, "p-vae"), "psnr"),
-    Ordering("Table 2", ("plain", PS_VAE), "psnr", later=True),
+    Ordering("Table 4", (PS_VAE, "p-vae"), "ssim", later=True),
+    Ordering("Tables 2, 4", ("rae", "plain", PS_VAE), "psnr", later=True),
+    Ordering("Tables 2, 4", ("plain", "p-vae"), "psnr", later=True),
     Ordering("Tables 2, 4, 6", ("rae-hd", PS_VAE, "p-vae", "rae", "s-vae"), "frechet"),
-    Ordering("Table 2", (PS_VAE, "plain"), "frechet", later=True),
+    Ordering("Tables 2, 4", (PS_VAE, "plain", "rae"), "frechet", later=True),
+    Ordering("Tables 2, 4", ("p-vae", "plain"), "frechet", later=True),
     Ordering("Table 4", ("p-vae", PS_VAE, "s-vae", "rae"), "probe"),
     Ordering("Table 4", ("plain", PS_VAE), "probe"),
+    Ordering("Table 4", ("plain", "p-vae"), "probe", later=True),
     Ordering("Figure 11", tuple(f"ps-vae-{z}" for z in SWEEP), "psnr"),
     Ordering("Figure 11", (LESS, MORE), "psnr"),
     Ordering("Table 5", ("mlp", PS_VAE, "on-features"), "probe"),
     Ordering("Table 5", (PS_VAE, "on-features"), "psnr"),
     Ordering("Table 5", (PS_VAE, "mlp"), "psnr", later=True),
+    Ordering("Table 5", ("mlp", PS_VAE, "on-features"), "ssim", later=True),
+    Ordering("Table 5", ("on-features", "mlp", PS_VAE), "frechet", later=True),
     Ordering("Section 5.4", ("still", "moved"), "psnr", "kept"),
     Ordering("Section 5.4", ("frozen", "moved"), "psnr", "kept"),
     Ordering("Tables 2, 6, coarse", ("rae", COARSE_PS_VAE, "rae-hd"), "psnr", "coarse", later=True),
@@ -96,7 +102,7 @@ class Pair(NamedTuple):
     Attributes:
         names: of the first and the second, to be read.
         gains: by how much they differ, seed by seed; positive as in the paper.
-        error: standard error of their mean.
+        error: standard error of their mean, from the variance that all have in common.
     """
 
     names: tuple[str, str]
@@ -117,16 +123,18 @@ class Pair(NamedTuple):
 def pairs(results: Results, ordering: Ordering, metric: str) -> list[Pair]:
     """Neighbours of ``ordering``, each in the paper's order.
 
-    The error of a pair of one seed is what it would be if both spread as those with more seeds do on the average.
+    Three seeds are few to know one pair's error by, so every number is given the same variance: the mean of those of
+    the spaces, or generators, that have several seeds.
     """
     generated = ordering.kind.endswith("generator")
     sign, kind, found = -MADE[metric] if generated else 1, "generator" if generated else "space", []
     several = [numbers for name in GENERATED if len(numbers := over_seeds(results, kind, name, metric)) > 1]
-    typical = (2 * fmean([deviation(numbers) ** 2 for numbers in several])) ** 0.5 if several else 0.0
+    variance = fmean([deviation(numbers) ** 2 for numbers in several]) if several else 0.0
     for one, other in pairwise(ordering.names):
         both = [[value(results, ordering.kind, name, metric, seed) for name in (one, other)] for seed in SEEDS]
         gains = [sign * (b - a) for a, b in both if a is not None and b is not None]
-        error = deviation(gains) / len(gains) ** 0.5 if len(gains) > 1 else typical
+        numbers = len(f"{one} - {other}".split(" - "))  # that one gain is made of
+        error = (variance * numbers / len(gains)) ** 0.5 if gains else 0.0
         found.append(Pair((SAID[one], SAID[other]), gains, error))
     return found
 

@@ -1,10 +1,4 @@
-"""How much of everything: the whole reproduction, and a tenth of it.
-
-What results changed, and nothing else: the encoder's steps (its probe missed 75 %), before anything was trained on it;
-and after the first seed, where PS-VAE did not come before RAE, what could explain that was added: `LONGER`, `COARSE`, a
-generator in `WIDEST`, larger KL weights, three more Fréchet distances, and a look at longer sampling. The statistics of
-the plain VAE and of ReaLS became those of each channel, and the first seed's generators were trained again.
-"""
+"""How much of everything: the whole reproduction, and a tenth of it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples"))  # their losses and measures serve he
 from checkpoints import changed, write_text  # noqa: E402
 
 from psvae import PSVAE, DeepFusionDiT, SemanticEncoder  # noqa: E402
-from reproduction import cifar, classifiers, generation, measures, report, spaces  # noqa: E402
+from reproduction import cifar, classifiers, figures, generation, measures, report, spaces  # noqa: E402
 from reproduction.plan import (  # noqa: E402
     ABLATED_GENERATORS,
     COARSE,
@@ -191,7 +191,7 @@ def generator(
     recipe = Recipe(steps, run.plan.generator_batch, 1e-3, seed=400 + seed, ema=0.995)
     model = generation.train_generator(moments, sizes, recipe, folder, run.machine, look)
     made = generation.sample(model, vae, (40, *shape), sizes.updates, seed, run.machine)
-    report.save_pictures(made, folder / "samples.png")
+    figures.save_pictures(made, folder / "samples.png")
     return {"curve": curve, "parameters_m": measures.parameters(model)}
 
 
@@ -321,7 +321,9 @@ def main(options: Options) -> None:
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
     if not options.only:
         whole = not options.quick and all((results / f"{name}.json").exists() for name in planned)
-        print(f"the page is {report.write(results, output, ROOT / 'docs' if whole else output, len(planned))}")
+        remarks = Path(__file__).with_name("remarks.md").read_text(encoding="utf-8") if whole else ""
+        folder = ROOT / "docs" if whole else output
+        print(f"the page is {report.write(results, output, folder, len(planned), remarks)}")
     if failed:
         raise SystemExit(
             f"{len(failed)} stages failed, see above: {', '.join(failed)}; the same command tries them again"
@@ -338,7 +340,8 @@ def claim(options: Options, plan: Plan, output: Path) -> None:
         raise SystemExit(f"--precision is {options.precision!r}; wanted bf16 or fp32")
     if (options.data is None) != options.download:
         raise SystemExit("wanted --data FOLDER or --download, one of the two")
-    asked = json.loads(json.dumps({"precision": options.precision, **asdict(plan)}))
+    given = {"precision": options.precision, "phases": spaces.fingerprint(), **asdict(plan)}
+    asked = json.loads(json.dumps(given))
     file = output / "plan.json"
     if file.exists() and (difference := changed(json.loads(file.read_text()), asked)):
         raise SystemExit(f"{output} holds results of another plan ({difference}); another --output begins anew")

@@ -15,7 +15,9 @@ A space is the last of its phases. What both S-VAE and PS-VAE begin with is trai
 pictures after the first one's, so that every space sees the same ones in the same order.
 """
 
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,6 +132,12 @@ ABLATED: dict[str, dict[str, Phase]] = {
 PHASES |= {name: phase for group in ABLATED.values() for name, phase in group.items()}
 CONVOLUTIONAL = ("plain", "reals")
 PS_VAE = "ps-vae-16"
+
+
+def fingerprint() -> str:
+    """Of all the numbers above: trainings of others do not mix with those of these."""
+    numbers = [{name: asdict(phase) for name, phase in PHASES.items()}, DECODER, MULTIPLIERS, ALIGNMENT]
+    return hashlib.sha256(json.dumps([*numbers, STATISTICS_PICTURES]).encode()).hexdigest()[:16]
 
 
 # PS-VAE and its variants

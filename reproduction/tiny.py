@@ -44,7 +44,7 @@ from psvae import (  # noqa: E402
 from psvae.encoders import PixelEncoderConfig  # noqa: E402
 from reproduction import cifar  # noqa: E402
 from reproduction.classifiers import Classifier, augmented, cross_entropy, finish  # noqa: E402
-from reproduction.measures import probe  # noqa: E402
+from reproduction.measures import as_saved, normalised, probe  # noqa: E402
 from reproduction.training import Machine, Recipe, batched, fit  # noqa: E402
 
 WIDTH, DEPTH, STRIDE, PATCH = 128, 6, 16, 8
@@ -99,14 +99,15 @@ def main(options: Options) -> dict[str, Any]:
         | reconstruction(model, photographs) | probed(partial(normalised, model), train, test, machine)
         for name, model in (("psvae-tiny", vae), ("plain VAE", plain))
     }  # fmt: skip
-    encoder = probed(vae.features, train, test, machine)["probe"]
+    numbers["psvae-tiny's encoder"] = probed(vae.features, train, test, machine)
     write_text(options.output / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))
     command = "python -m reproduction.tiny --cifar cifar10/ --photographs photographs/"
     vae.half().save_pretrained(
         options.package, training_command=command, training_data=data_in_words(options),
         metrics={said: numbers["psvae-tiny"][name] for name, said in SAID.items()}
-        | {f"{SAID['probe']}, of the encoder's features": encoder}, license="apache-2.0",
+        | {f"{SAID['probe']}, of the encoder's features": numbers["psvae-tiny's encoder"]["probe"]},
+        license="apache-2.0",
     )  # fmt: skip
     return numbers
 
@@ -255,16 +256,9 @@ def reconstruction(vae: Any, images: Tensor) -> dict[str, float]:
     """psnr and ssim of pictures of 8 bits, from the posterior's mean, in fp32."""
     rows = []
     for part in images.split(10):
-        made = vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
-        made = ((made + 1) * 127.5).round() / 127.5 - 1
+        made = as_saved(vae.decode(vae.encode(part).latent_dist.mode()).sample)
         rows.append({name: float(value) * len(part) for name, value in picture_measures(made, part).items()})
     return {name: round(sum(row[name] for row in rows) / len(images), 4) for name in rows[0]}
-
-
-def normalised(vae: Any, images: Tensor) -> Tensor:
-    """The posterior's mean, ``B Z h w``."""
-    mean = vae.encode(images).latent_dist.mode()
-    return mean if isinstance(vae, PSVAE) else vae.latent_spec.normalize(mean)
 
 
 def probed(

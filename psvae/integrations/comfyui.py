@@ -92,7 +92,7 @@ class LatentFormat(Config):
         return [torch.tensor(x, dtype=like.dtype, device=like.device).view(1, -1, 1, 1) for x in values]
 
     def to_json(self) -> str:
-        """All of it, with the two formulas in words."""
+        """All of it, with the two formulas in words, which `from_dict` does not take."""
         kind = _KINDS[self.applied]
         content = {**self.to_dict(), "process_in": kind.process_in, "process_out": kind.process_out}
         return json.dumps(content, indent=2) + "\n"
@@ -175,10 +175,12 @@ def latent_format(source: Any, *, by: By | None = None, preview: Preview | None 
         preview: from `fit_preview`.
 
     Raises:
-        ConfigError: both are there and ``by`` does not choose; the one asked for is not there; the statistics are per
-            element, which hold for one grid alone.
+        ConfigError: something else came; both are there and ``by`` does not choose; the one asked for is not there; the
+            statistics are per element, which hold for one grid alone.
     """
-    spec: LatentSpec = getattr(source, "latent_spec", source)
+    spec = getattr(source, "latent_spec", source)
+    if not isinstance(spec, LatentSpec):
+        raise ConfigError(f"a {type(source).__name__} came; wanted a PSVAE, a PixelVAE or a LatentSpec, loaded")
     fields: dict[str, Any] = {"latent_channels": spec.channels, "spacial_downscale_ratio": spec.stride}
     if preview is not None:
         fields |= {"latent_rgb_factors": preview.factors, "latent_rgb_factors_bias": preview.bias}
@@ -230,9 +232,11 @@ def fit_preview(vae: Any, batches: Tensor | Iterable[Tensor], *, by: By | None =
         by: as in `latent_format`.
 
     Raises:
-        ConfigError: fewer cells than unknowns. ShapeError, DtypeError: images that the VAE does not take.
+        ConfigError: no VAE came; fewer cells than unknowns. ShapeError, DtypeError: images that the VAE does not take.
     """
     known = latent_format(vae, by=by)
+    if isinstance(vae, LatentSpec):
+        raise ConfigError("a LatentSpec came; wanted a PSVAE or a PixelVAE, whose latents are fitted")
     Z, stride = known.latent_channels, known.spacial_downscale_ratio
     count, moments, square = 0, torch.zeros(Z + 4, Z + 4, dtype=torch.float64), slice(Z, Z + 3)
     for images in [batches] if isinstance(batches, Tensor) else batches:

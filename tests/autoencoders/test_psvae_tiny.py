@@ -17,7 +17,8 @@ from psvae.errors import CheckpointError
 from tests.tiny import tiny_psvae
 
 FOLDER = Path(psvae.__file__).parent / "models" / "psvae-tiny"
-PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "photographs" / "chelsea.jpg"
+ROOT = Path(__file__).parents[2]
+PHOTOGRAPH = ROOT / "examples" / "photographs" / "chelsea.jpg"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,27 @@ def test_the_card_says_how_it_was_made():
     assert float(measured["PSNR, dB"]) >= 23
     probe = "linear probe, mean over cells"
     assert float(measured[probe]) > float(measured[f"{probe}, of the encoder's features"]) - 0.02
+
+
+def test_the_readme_and_the_card_say_what_was_measured():
+    numbers = json.loads((ROOT / "docs" / "psvae_tiny.json").read_text())
+    tiny, plain, encoder = (numbers[name] for name in ("psvae-tiny", "plain VAE", "psvae-tiny's encoder"))
+    readme, card = (file.read_text() for file in (ROOT / "README.md", FOLDER / "README.md"))
+    rows = {
+        "PSNR, 100 photographs at 256 px": [f"{row['psnr']:.1f} dB" for row in (tiny, plain)],
+        "SSIM of the same": [f"{row['ssim']:.3f}" for row in (tiny, plain)],
+        "linear probe, all cells": [f"{100 * row['probe_cells']:.1f} %" for row in (tiny, plain)],
+        "20 nearest neighbours, mean over the latent's cells": [f"{100 * row['knn']:.1f} %" for row in (tiny, plain)],
+        "20 nearest neighbours, all cells": [f"{100 * row['knn_cells']:.1f} %" for row in (tiny, plain)],
+        "linear probe on CIFAR-10 at 128 px, mean over the latent's cells": [
+            f"{100 * tiny['probe']:.1f} % (its encoder's features: {100 * encoder['probe']:.1f} %)",
+            f"{100 * plain['probe']:.1f} %",
+        ],
+    }
+    for name, shown in rows.items():
+        assert f"| {' | '.join([name, *shown])} |" in readme, name
+    measured = {float(value) for value in re.findall(r"^\| .+ \| ([\d.]+) \|$", card, re.MULTILINE)}
+    assert {tiny[name] for name in ("ssim", "probe", "knn", "probe_cells", "knn_cells")} <= measured
 
 
 def test_statistics_were_fitted(model, image):

@@ -296,6 +296,23 @@ def test_a_grid_like_the_position_table_s_is_not_what_is_traced(example):
 # What is not kept
 
 
+def test_weights_beside_a_file_are_its_own(example, tmp_path):
+    """Large files keep them there; smaller ones that come later do not."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+
+    def exported(*names):
+        for name in names:
+            (staging / name).write_text(f"{name} of {names}")
+        example.place(sorted(staging.iterdir(), reverse=True), tmp_path / "step.onnx")
+        return {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+
+    both = ("step.onnx", "step.onnx.data")
+    assert exported(*both) == {name: f"{name} of {both}" for name in both}
+    assert exported("step.onnx") == {"step.onnx": "step.onnx of ('step.onnx',)"}
+    assert exported(*both) == {name: f"{name} of {both}" for name in both}
+
+
 def test_a_file_beyond_the_tolerance_is_not_kept(example, tmp_path):
     """And an earlier one stays."""
     vae = VAES["psvae"]()

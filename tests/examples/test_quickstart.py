@@ -39,6 +39,17 @@ def test_a_folder_of_mine_is_cut_to_whole_cells(tmp_path, capsys):
         run(Quickstart(data=folder_of(tmp_path / "small", (40, 15)), output=tmp_path / "out"))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_broken_picture_is_named(tmp_path, training):
+    photographs = folder_of(tmp_path / "photos", (50, 40), (50, 40))
+    (photographs / "0.png").write_bytes(b"no picture")
+    (tmp_path / "out" / "photographs").mkdir(parents=True)
+    (tmp_path / "out" / "photographs" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"0.png cannot be read as a picture \(cannot identify .*move it out of"):
+        run(Quickstart(data=photographs, train=training, output=tmp_path / "out"))
+    assert (tmp_path / "out" / "photographs" / "mine.png").read_bytes() == b"mine"
+
+
 def test_options_that_would_change_nothing_are_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"--steps1 came without --train"):
         run(Quickstart(steps1=10, output=tmp_path))

@@ -240,6 +240,15 @@ def test_other_mistakes():
 PHOTOGRAPHS = sorted((Path(__file__).parents[2] / "examples" / "photographs").glob("*.jpg"))
 
 
+def test_what_is_no_vae_is_refused():
+    for source, came in (("psvae-tiny", "str"), (sd().encoder, "PixelEncoder")):
+        for make in (latent_format, lambda x: fit_preview(x, torch.zeros(1, 3, 32, 32))):
+            with pytest.raises(ConfigError, match=f"a {came} came; wanted a PSVAE, a PixelVAE or a LatentSpec"):
+                make(source)
+    with pytest.raises(ConfigError, match="a LatentSpec came; wanted a PSVAE or a PixelVAE"):
+        fit_preview(sd().latent_spec, torch.zeros(1, 3, 32, 32))
+
+
 def test_the_command_writes_the_class(tmp_path, capsys):
     vae = measured(sd())
     vae.save_pretrained(tmp_path / "vae")

@@ -3,7 +3,9 @@ its numbers."""
 
 import io
 import json
+import re
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import ClassVar
 
 import datasets
@@ -71,10 +73,16 @@ def test_reads_both_layouts_and_the_cache(tmp_path, names):
     assert train.labels.tolist() == test.labels.tolist() == [0, 1]
     assert train.pictures[1].unique().tolist() == [10]
     assert train.images(slice(0, 1)).unique().tolist() == [-1]
-    for file in tmp_path.glob("*.parquet"):
-        file.unlink()
+    (tmp_path / "cache" / "test.npz").unlink()  # stopped between the two
     again, _ = cifar.load(tmp_path, tmp_path / "cache")
     assert torch.equal(again.pictures, train.pictures)
+    before = (tmp_path / "cache" / "train.npz").stat().st_mtime_ns
+    parquet(tmp_path, names, (32,) * 3)
+    with pytest.raises(SystemExit, match="another --output begins anew"):
+        cifar.load(tmp_path, tmp_path / "cache")
+    with pytest.raises(SystemExit, match="no train"):
+        cifar.load(tmp_path / "nowhere", tmp_path / "cache")
+    assert (tmp_path / "cache" / "train.npz").stat().st_mtime_ns == before
 
 
 def test_refuses_other_data(tmp_path):
@@ -433,7 +441,7 @@ def test_measures_of_made_pictures(encoder, tmp_path):
     assert real["class_accuracy"] == 1
     assert real["frechet"] == pytest.approx(0, abs=1e-6)
     assert real["frechet_decoded"] > 0.1
-    decoded = measure(measures.eight_bits(measures.painter(vae)(test.images(slice(None))).detach()))
+    decoded = measure(measures.as_saved(measures.painter(vae)(test.images(slice(None))).detach()))
     assert decoded["frechet_decoded"] == pytest.approx(0, abs=1e-6)
     assert decoded["frechet"] == pytest.approx(real["frechet_decoded"], rel=1e-3)
     assert decoded["frechet_turns"] > 0.1
@@ -465,13 +473,16 @@ def test_verdicts():
     assert said(s_vae=(1, 1), rae=(2, 3)) == ["appears: 1.500 ± 0.707"]
     assert said(s_vae=(2, 3), rae=(1, 1)) == ["the opposite: -1.500 ± 0.707"]
     assert said(s_vae=(1, 4), rae=(2, 3)) == ["undecided: 0.000 ± 1.414"]
+    assert said(s_vae=(1, 1), rae=(2, 3), rae_hd=(0, 9)) == ["undecided: 1.500 ± 0.707"]  # as uncertain as all are
     assert said(s_vae=(1,), rae=(2,)) == ["appears: 1.000"]
     assert said(s_vae=(3, 4)) == ["not measured"]
-    # a single seed is as uncertain as the others are
     assert said(s_vae=(1,), rae=(2,), rae_hd=(3, 4)) == ["undecided: 1.000"]
     assert said(s_vae=(1,), rae=(2,), rae_hd=(3, 3.1)) == ["appears: 1.000"]
     claim = orderings.Ordering("Figure 11", (orderings.LESS, orderings.MORE), "psnr")
-    assert said(ps_vae_4=(1,), ps_vae_8=(3,), ps_vae_32=(4,), ps_vae_64=(5,)) == ["appears: 1.000"]
+    sweep = {"ps_vae_4": (1,), "ps_vae_8": (3,), "ps_vae_32": (4,), "ps_vae_64": (5,)}
+    assert said(**sweep) == ["appears: 1.000"]
+    assert said(**sweep, rae=(0, 0.3)) == ["appears: 1.000"]  # two errors of 0.42: of a difference of differences
+    assert said(**sweep, rae=(0, 0.4)) == ["undecided: 1.000"]
 
 
 def test_of_generators_less_distance_and_more_accuracy_is_better():
@@ -498,6 +509,13 @@ def test_every_ordering_is_measured_by_some_stage(tmp_path):
         assert {pattern.format(part) for name in claim.names for part in name.split(" - ")} <= names
 
 
+def test_the_weights_of_the_losses_are_the_examples_own():
+    defaults, here = script("train_tokenizer").LossOptions(), spaces.Weights()
+    assert (here.semantic, here.pixel, here.kl) == (defaults.semantic, defaults.pixel, defaults.kl)
+    assert (here.mse, here.cosine) == (defaults.mse, defaults.cosine)
+    assert (here.warmup, "mean") == (defaults.kl_warmup, defaults.kl_reduction)
+
+
 def test_stages_have_names_of_their_own_and_a_quick_plan_has_the_first_seed(tmp_path):
     whole, quick = (
         [name for name, _ in run.stages(run.Run(each, tmp_path, split(2), split(2), CPU))]
@@ -522,14 +540,44 @@ def test_the_page_is_drawn_from_the_numbers(tmp_path):
     for name, content in numbers.items():
         (folder / f"{name}.json").write_text(json.dumps(content | {"minutes": 3, "on": "CPU cores: 2"}))
     (tmp_path / "plan.json").write_text(json.dumps({"precision": "bf16", **asdict(plan.WHOLE)}))
-    page = report.write(folder, tmp_path, tmp_path / "docs", 9).read_text()
+    (tmp_path / "generators" / "rae-0").mkdir(parents=True)
+    (tmp_path / "generators" / "rae-0" / "samples.png").write_bytes(b"drawn")
+    page = report.write(folder, tmp_path, tmp_path / "docs", 9, "## Remarks\n\nTwo are few.").read_text()
     for shown in (
-        "| RAE | 13.35 ± 1.41 |", "23.46", "7.25", "so far 6 of 9 stages, 0.6 core hours of a CPU", "1.25 M parameters",
+        "| RAE | 13.35 ± 1.41 |", "23.46", "7.25", "so far 6 of 9 stages, bf16, 0.6 core hours of a CPU",
+        "1.25 M parameters",
         "| Tables 2, 4, 6 | PSNR | RAE < PS-VAE | appears: 11.111 |", "not measured", "8.00 | 6.00 | -25 %",
     ):  # fmt: skip
         assert shown in page, shown
     assert json.loads((tmp_path / "docs" / "reproduction.json").read_text())["stages"]["space-0-rae"]["psnr"] == 12.345
-    assert (tmp_path / "docs" / "images" / "reproduction_generation.png").stat().st_size > 5000
+    images = tmp_path / "docs" / "images"
+    assert (images / "reproduction_generation.png").stat().st_size > 5000
+    assert (images / "reproduction_made_rae.png").read_bytes() == b"drawn"
+    assert page.endswith("Two are few.\n")
+    assert "#remarks" in page
+    assert "#remarks" not in report.page({}, json.loads((tmp_path / "plan.json").read_text()), 9)
+
+
+def test_the_ablations_rule():
+    """Better by more than the bound, and nothing worse by as much."""
+    bounds, default = {"psnr": 0.2, "frechet": 1.0, "probe": 0.01, "feature_cosine": 0.01}, {"psnr": 20, "frechet": 9.0}
+    said = {
+        (20.1, 9.5): "stays", (20.3, 9.9): "changes; better: PSNR", (20.3, 7.5): "changes; better: PSNR, Fréchet",
+        (20.3, 10.1): "stays; better: PSNR; worse: Fréchet", (19.7, 9.0): "stays; worse: PSNR",
+    }  # fmt: skip
+    for (psnr, distance), verdict in said.items():
+        assert report.ruled(default, {"psnr": psnr, "frechet": distance}, bounds) == verdict
+    assert report.ruled(default, {}, bounds) == "·"
+
+
+def test_the_committed_page_is_of_the_committed_numbers():
+    docs = Path(__file__).parents[2] / "docs"
+    numbers, shown = json.loads((docs / "reproduction.json").read_text()), (docs / "reproduction.md").read_text()
+    remarks = (docs.parent / "reproduction" / "remarks.md").read_text()
+    planned = sum(1 for _ in run.stages(run.Run(plan.WHOLE, docs, split(2), split(2), CPU)))
+    assert report.page(numbers["stages"], numbers["plan"], planned, remarks) == shown
+    for image in re.findall(r"\]\((images/\w.*?)\)", shown):
+        assert (docs / image).exists(), image
 
 
 # The command
@@ -548,6 +596,10 @@ def test_goes_on_and_refuses_another_plan(tmp_path, monkeypatch, capsys):
     assert "encoder: probe" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="another plan \\(precision: 'fp32' before, 'bf16' now\\)"):
         run.main(replace(options, precision="bf16"))
+    with monkeypatch.context() as other:
+        other.setitem(spaces.DECODER, "base_channels", 48)
+        with pytest.raises(SystemExit, match=r"another plan \(phases: '\w+' before"):
+            run.main(options)
     with pytest.raises(SystemExit, match="--only spaces: no stage is named so; there are encoder, judge, "):
         run.main(replace(options, only=("encoder", "spaces")))
     with pytest.raises(SystemExit, match="one of the two"):
