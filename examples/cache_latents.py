@@ -14,6 +14,7 @@ shard appears whole or not at all: a run that was killed goes on where it stoppe
 """
 
 import json
+import os
 import sys
 from bisect import bisect
 from dataclasses import asdict, dataclass
@@ -78,7 +79,7 @@ class Options(ImageSource):
     """Of the draw from the posterior; each image has its own."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of the stored tensors."""
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
     """Loader processes on each process."""
     allow_pickle: bool = False
 

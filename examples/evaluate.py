@@ -15,6 +15,7 @@ to the same file by naming it. Parts lie in a folder beside the file until their
 
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -92,7 +93,7 @@ class Options:
     batch_size: int = 16
     part: int = 256
     """Pictures between two saves; processes share the parts."""
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
     """Loader processes on each process."""
     output: Path = Path("outputs/evaluate.json")
 

@@ -154,6 +154,8 @@ def prepare_photographs(options: Quickstart) -> tuple[Path, Path]:
 
 def images_of(folder: Path, least: int) -> list[Path]:
     """In name order."""
+    if not folder.is_dir():
+        raise SystemExit(f"there is no folder {folder}")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
     if len(files) < least:
         wanted = "two or more, one of them to hold out" if least > 1 else "one or more"

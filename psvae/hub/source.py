@@ -80,8 +80,8 @@ class Source:
                 self.unseen.add(filename)
                 return None  # absent from a cached snapshot whose config was found
             raise CheckpointError(
-                f"{filename} of {where} is not in the local cache and the Hub cannot be reached: go online once, "
-                "or pass a local folder"
+                f"there is no folder {self.name!r} here, and {filename} of {where} is not in the local cache and the "
+                "Hub cannot be reached: go online once, or pass a local folder"
             ) from error
         except errors.EntryNotFoundError:
             return None

@@ -35,6 +35,8 @@ def test_a_folder_of_mine_is_cut_to_whole_cells(tmp_path, capsys):
     assert "0.png: (48, 32) pixels, latents (64, 3, 2)" in said
     with pytest.raises(SystemExit, match="holds 0 images; wanted one or more"):
         run(Quickstart(data=folder_of(tmp_path / "none"), output=tmp_path / "out"))
+    with pytest.raises(SystemExit, match=r"there is no folder .*nowhere"):
+        run(Quickstart(data=tmp_path / "nowhere", output=tmp_path / "out"))
     with pytest.raises(SystemExit, match=r"0.png has 15 x 40 pixels, shown at 512 at most; wanted 16 a side or more"):
         run(Quickstart(data=folder_of(tmp_path / "small", (40, 15)), output=tmp_path / "out"))
 
