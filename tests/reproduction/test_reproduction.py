@@ -2,8 +2,10 @@
 its numbers."""
 
 import io
+import itertools
 import json
 import re
+import statistics
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +34,7 @@ from reproduction import (  # noqa: E402
     training,
 )  # fmt: skip
 
+DOCS = Path(__file__).parents[2] / "docs"
 CPU = training.Machine(torch.device("cpu"), bf16=False)
 WIDTH = 32
 
@@ -571,13 +574,84 @@ def test_the_ablations_rule():
 
 
 def test_the_committed_page_is_of_the_committed_numbers():
-    docs = Path(__file__).parents[2] / "docs"
-    numbers, shown = json.loads((docs / "reproduction.json").read_text()), (docs / "reproduction.md").read_text()
-    remarks = (docs.parent / "reproduction" / "remarks.md").read_text()
-    planned = sum(1 for _ in run.stages(run.Run(plan.WHOLE, docs, split(2), split(2), CPU)))
+    numbers, shown = json.loads((DOCS / "reproduction.json").read_text()), (DOCS / "reproduction.md").read_text()
+    remarks = (DOCS.parent / "reproduction" / "remarks.md").read_text()
+    planned = sum(1 for _ in run.stages(run.Run(plan.WHOLE, DOCS, split(2), split(2), CPU)))
     assert report.page(numbers["stages"], numbers["plan"], planned, remarks) == shown
     for image in re.findall(r"\]\((images/\w.*?)\)", shown):
-        assert (docs / image).exists(), image
+        assert (DOCS / image).exists(), image
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The mean over seeds of any measure, of what docs/reproduction.json holds; of generators at the last step."""
+    found = json.loads((DOCS / "reproduction.json").read_text())["stages"]
+
+    def mean(name, metric, kind="space"):
+        return statistics.fmean(orderings.over_seeds(found, kind, name, metric))
+
+    mean.stages = found
+    return mean
+
+
+SEMANTIC = ("rae-hd", "rae", plan.PS_VAE)  # in the order of the remark on their generators, turned round
+
+
+def test_remarks_on_spaces(committed):
+    psnr = {name: committed(name, "psnr") for name in plan.spaces()}
+    assert psnr[plan.PS_VAE] - psnr["s-vae"] == pytest.approx(5.5, abs=0.1)
+    assert committed("s-vae", "probe") - committed(plan.PS_VAE, "probe") == pytest.approx(0.005, abs=0.002)
+    assert abs(committed("p-vae", "probe") - committed("plain", "probe")) < 0.02
+    gains = [psnr[b] - psnr[a] for a, b in itertools.pairwise(f"ps-vae-{z}" for z in spaces.SWEEP)]
+    assert gains == sorted(gains, reverse=True)
+    assert committed("reals", "probe") / committed("plain", "probe") == pytest.approx(2, abs=0.1)
+    names = [name for name in psnr if name not in {f"ps-vae-{z}" for z in spaces.SWEEP} - {plan.PS_VAE}]
+    assert len(names) == 9
+    assert sorted(names, key=lambda x: committed(x, "detail")) == sorted(names, key=lambda x: -committed(x, "frechet"))
+    assert all(committed(name, "frechet") > committed("rae", "frechet") for name in (plan.PS_VAE, "p-vae", "plain"))
+    assert abs(psnr[plan.PS_VAE] - psnr["rae"]) < 0.2
+    assert psnr["rae"] == pytest.approx(25, abs=0.5)
+    coarse = {name: committed.stages[f"coarse-{name}"]["psnr"] for name in plan.COARSE}
+    assert psnr["rae"] - coarse["rae"] == pytest.approx(1.8, abs=0.1)
+    assert coarse[spaces.COARSE_PS_VAE] < coarse["rae"]
+    assert psnr[plan.PS_VAE] < psnr[plan.WIDEST] < psnr["plain"]
+    assert max(committed(name, "noise") for name in (plan.PS_VAE, "mlp")) < 0.01
+    assert committed("mlp", "active_channels") == 1
+    assert abs(committed("mlp", "probe") - committed(plan.PS_VAE, "probe")) < 0.005
+    assert psnr["on-features"] > psnr[plan.PS_VAE]
+    kept = {name: committed.stages[f"kept-{name}"]["psnr"] for name in ("moved", "still", "frozen")}
+    assert kept["moved"] > max(kept["still"], kept["frozen"])
+    assert committed.stages["space-0-rae-hd"]["psnr"] - kept["moved"] == pytest.approx(13, abs=0.5)
+    squares = sorted(committed.stages["moved"]["squares"], reverse=True)
+    assert sum(squares[: plan.WHOLE.kept]) < 0.1 * sum(squares)
+
+
+def test_remarks_on_generators(committed):
+    made = {
+        name: {metric: committed(name, metric, "generator") for metric in orderings.MADE}
+        for name in (*plan.GENERATED, *plan.ONCE)
+    }
+    hd, rae, ps = (made[name] for name in SEMANTIC)
+    assert all(made["reals"][m] * sign > made["plain"][m] * sign for m, sign in orderings.MADE.items())
+    assert all(rae[metric] < ps[metric] for metric in ("frechet", "frechet_turns"))
+    assert rae["class_accuracy"] > ps["class_accuracy"]
+    assert all(ps[metric] < rae[metric] < hd[metric] for metric in ("frechet_blurred", "frechet_decoded"))
+    assert min(made, key=lambda name: made[name]["frechet_decoded"]) == "s-vae"
+    assert min(plan.GENERATED, key=lambda name: committed(name, "detail")) == "s-vae"
+    kept = {name: made[name]["class_accuracy"] / committed(name, "class_accuracy") for name in SEMANTIC}
+    assert kept[plan.PS_VAE] == pytest.approx(0.5, abs=0.05)
+    assert kept[plan.PS_VAE] > kept["rae"] > kept["rae-hd"]
+    assert committed(plan.WIDEST, "detail") > committed(plan.PS_VAE, "detail")
+    assert made[plan.WIDEST]["frechet"] < ps["frechet"]
+    assert made["on-features"]["frechet"] < ps["frechet"]
+
+
+def test_the_readme_has_the_committed_numbers(committed):
+    readme = (DOCS.parent / "README.md").read_text()
+    for name in ("rae", "s-vae", plan.PS_VAE, "rae-hd", "p-vae", *spaces.CONVOLUTIONAL):
+        numbers = [f"{committed(name, 'psnr'):.1f} dB", f"{100 * committed(name, 'probe'):.1f} %"]
+        numbers += [f"{committed(name, metric, 'generator'):.1f}" for metric in ("frechet", "frechet_decoded")]
+        assert f"| {' | '.join([plan.LABELS[name], *numbers])} |" in readme, (name, numbers)
 
 
 # The command
