@@ -10,37 +10,15 @@ from typing import Any
 
 from checkpoints import write_text
 
+from reproduction import ablations
 from reproduction.figures import draw_curves, draw_sweep
-from reproduction.orderings import (
-    GENERATORS,
-    MADE,
-    SPACES,
-    Pair,
-    Results,
-    deviation,
-    last_of,
-    over_seeds,
-    pairs,
-    spread,
-)
-from reproduction.paper import PAPER, PAPER_REALS, PAPER_SWEEP
-from reproduction.plan import ABLATED_GENERATORS, COARSE, GENERATED, LABELS, LONGER, MEANS, ONCE, PS_VAE, SWEEP
-from reproduction.spaces import ABLATED, COARSE_PS_VAE, CONVOLUTIONAL
+from reproduction.orderings import GENERATORS, MADE, SPACES, Pair, Results, last_of, over_seeds, pairs, spread
+from reproduction.paper import PAPER_REALS, PAPER_SWEEP
+from reproduction.plan import COARSE, GENERATED, LABELS, LONGER, ONCE, PS_VAE, SWEEP
+from reproduction.spaces import COARSE_PS_VAE, CONVOLUTIONAL
+from reproduction.tables import SAID, cells, number, of_paper, of_seeds, table
 
 EPOCH = 50_000  # pictures
-SAID = {  # of the metrics
-    "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "frechet": "Fréchet", "frechet_turns": "Fréchet, turns",
-    "frechet_blurred": "Fréchet, blurred", "frechet_decoded": "Fréchet, decoded",
-    "class_accuracy": "class right", "probe": "probe", "feature_cosine": "cosine",
-}  # fmt: skip
-DIGITS = {"psnr": 2, "frechet": 2, "frechet_turns": 2, "frechet_blurred": 2, "frechet_decoded": 2}  # else 3
-COUNTED = {"psnr": 1, "frechet": -1, "probe": 1, "feature_cosine": 1}  # by the ablations' rule; 1 where more is better
-CHOICES = {  # of the ablations: the default of each question, and the others
-    "KL weight": "1e-5", "L_s : L_p": "0.1 : 1", "terms of L_s": "MSE + cosine", "first log σ²": "-4",
-    "first weights of the blocks": "fresh, LayerScale 1e-5",
-    "ratio-1-0.1": "1 : 0.1", "ratio-1-1": "1 : 1", "mse-alone": "MSE", "cosine-alone": "cosine", "logvar-0": "0",
-    "fresh-unscaled": "fresh, no LayerScale", "from-encoder": "the encoder's last ones, no LayerScale",
-}  # fmt: skip
 SHOWN = (PS_VAE, "rae", "rae-hd")  # whose pictures
 CURVES, CHANNELS = "reproduction_generation.png", "reproduction_channels.png"
 
@@ -74,32 +52,10 @@ def page(found: Results, plan: dict[str, Any], planned: int, remarks: str = "") 
     parts = [
         head(found, plan, planned, bool(remarks)), spaces_section(found, plan), sweep_section(found),
         shortcut_section(found), generation_section(found, plan), coarse_section(found, plan), reals_section(found),
-        toy_section(found), longer_section(found, plan), orderings_section(found), ablation_section(found, plan),
+        toy_section(found), longer_section(found, plan), orderings_section(found), ablations.section(found, plan),
         remarks,
     ]  # fmt: skip
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "·" if value is None else f"{value:.{digits}f}"
-
-
-def cells(stage: dict[str, Any], *metrics: str) -> list[str]:
-    return [number(stage.get(metric), DIGITS.get(metric, 3)) for metric in metrics]
-
-
-def of_seeds(found: Results, name: str, *metrics: str, kind: str = "space") -> list[str]:
-    return [spread(over_seeds(found, kind, name, metric), DIGITS.get(metric, 3)) for metric in metrics]
-
-
-def of_paper(name: str, *metrics: str) -> list[str]:
-    known = PAPER.get(name, {})
-    return [f"*{known[metric]:g}*" if metric in known else "·" for metric in metrics]
 
 
 # Sections
@@ -405,49 +361,3 @@ def counted(found: Iterable[Pair]) -> str:
 
 def later(ordering: Any) -> str:
     return " \\*" if ordering.later else ""
-
-
-def ablation_section(found: Results, plan: dict[str, Any]) -> str:
-    if not any(name.startswith("ablation-") for name in found):
-        return ""
-    metrics = (*COUNTED, "noise")
-    twice = {m: 2 * deviation(over_seeds(found, "space", PS_VAE, m)) for m in COUNTED}
-    default, rows = found.get(f"ablation-{PS_VAE}", {}), []
-    for group, phases in ABLATED.items():
-        for name in (PS_VAE, *(name for name in phases if not name.endswith("-stage1"))):
-            stage, is_default = found.get(f"ablation-{name}", {}), name == PS_VAE
-            choice = f"{CHOICES[group]} (default)" if is_default else CHOICES.get(name, name.removeprefix("kl-"))
-            made = cells(last_of(found.get(f"ablation-generator-{name}", {})), *MADE)
-            rows.append(
-                [group, choice, *cells(stage, *metrics), "" if is_default else ruled(default, stage, twice)]
-                + (made if group in ABLATED_GENERATORS else [""] * len(MADE))
-            )
-    rows.append(["", "twice the spread", *cells(twice, *COUNTED), *[""] * (2 + len(MADE))])
-    header = ["question", "choice", *(SAID[m] for m in COUNTED), "noise", "by the rule"]
-    sampled, means = (last_of(found.get(f"generator-{name}-0", {})).get("frechet") for name in (PS_VAE, MEANS))
-    steps = plan["ablation_steps"]
-    return f"""
-## What the paper leaves open
-
-PS-VAE of {plan["convolutional_channels"]} channels, {steps} steps, {steps // 2} of them with pixels, the first seed;
-for two questions a generator too, with half its steps. So short a training tells what learns faster, and may not tell
-what ends better. The rule, from before the runs: a default changes where another choice is better by more than twice
-the spread over seeds in the table of spaces (the last row), and nothing else is worse by as much; PSNR, Fréchet
-distance, probe and cosine count. The first log σ² of -4 is such a change: it was 0.
-
-{table([*header, *(f"generated: {SAID[m]}" for m in MADE)], rows)}
-
-Samples of the posterior or its means, for the generator: Fréchet {number(sampled, 2)} and {number(means, 2)}. The
-reduction of the KL term is a matter of its weight alone: a sum over the latent is the mean times its numbers.
-"""
-
-
-def ruled(default: dict[str, Any], choice: dict[str, Any], twice: dict[str, float]) -> str:
-    """Whether the ablations' rule changes a default to ``choice``, and why."""
-    gains = {m: sign * (choice[m] - default[m]) for m, sign in COUNTED.items() if m in choice and m in default}
-    better = [SAID[m] for m, gain in gains.items() if gain > twice[m]]
-    worse = [SAID[m] for m, gain in gains.items() if gain < -twice[m]]
-    if not gains:
-        return "·"
-    reasons = [f"{word}: {', '.join(which)}" for word, which in (("better", better), ("worse", worse)) if which]
-    return "; ".join(["changes" if better and not worse else "stays", *reasons])

@@ -22,6 +22,7 @@ from tests.examples.generator_world import script
 
 script("checkpoints")  # the examples are importable from here on
 from reproduction import (  # noqa: E402
+    ablations,
     cifar,
     classifiers,
     generation,
@@ -569,8 +570,8 @@ def test_the_ablations_rule():
         (20.3, 10.1): "stays; better: PSNR; worse: Fréchet", (19.7, 9.0): "stays; worse: PSNR",
     }  # fmt: skip
     for (psnr, distance), verdict in said.items():
-        assert report.ruled(default, {"psnr": psnr, "frechet": distance}, bounds) == verdict
-    assert report.ruled(default, {}, bounds) == "·"
+        assert ablations.ruled(default, {"psnr": psnr, "frechet": distance}, bounds) == verdict
+    assert ablations.ruled(default, {}, bounds) == "·"
 
 
 def test_the_committed_page_is_of_the_committed_numbers():
