@@ -63,8 +63,9 @@ class LossOptions:
     """LDM: l1."""
     perceptual: float = 1.0
     """Of LPIPS (VGG) inside L_P; its weights are downloaded by torchvision. 0 leaves it out."""
-    kl: float = 1e-5
-    """Of L_KL; not stated by the paper. 1e-4 of the semantic weight, as published re-implementations have it."""
+    kl: float = 1e-3
+    """Of L_KL; not stated by the paper. By the ablation in docs/reproduction.md; published re-implementations have 1e-4
+    of the semantic weight."""
     kl_reduction: Literal["mean", "sum"] = "mean"
     """Over channels and cells. LDM: `sum` with weight 1e-6."""
     kl_warmup: float = 0.2

@@ -206,7 +206,7 @@ def train_psvae(options: Options, data: Path) -> None:
         train_tokenizer.Options(
             data=data_options(data), output=output, model=str(file), encoder_weights=str(options.output / "encoder"),
             steps1=steps_of(options, options.steps1), steps2=steps_of(options, options.steps2),
-            losses=train_tokenizer.LossOptions(perceptual=0.0, adversarial=0.0),
+            losses=train_tokenizer.LossOptions(perceptual=0.0, adversarial=0.0, kl=1e-5),  # the default then
             batch_size=options.batch_size, lr=1e-3, warmup=100, final_lr=0.02, ema=0.998, seed=options.seed,
             resume=(output / "checkpoints").exists() or (output / "stage1").exists(), checkpoint_every=500,
             sample_every=10**9, validate_every=10**9, tracker="none",
