@@ -53,7 +53,7 @@ STATISTICS_PICTURES = 5000
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the loss terms, each a mean; defaults of examples/train_tokenizer.py until the ablation changed the KL term's."""
+    """Of the loss terms, each a mean: defaults of examples/train_tokenizer.py, whose KL the ablation then changed."""
 
     semantic: float = 0.1
     mse: float = 1.0
