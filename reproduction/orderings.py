@@ -21,14 +21,18 @@ class Ordering:
         names: from the smallest to the largest value; of generators from the best to the worst. ``a - b`` is a
             difference of two.
         metric: of the results; generators are compared in each of `MADE`, their measures.
-        kind: of stages: ``kept`` are those of the shortcut test, ``coarse`` those of larger cells.
-        later: written after the first seed's results, before those of the others and of the coarse ones.
+        kind: of stages: ``kept`` are those of the shortcut test, ``coarse`` those of larger cells, ``longer`` those of
+            more steps.
+        later: written after the first seed's results, before those of the others and of the coarse ones; of the longer
+            ones after PS-VAE's reconstructions.
     """
 
     where: str
     names: tuple[str, ...]
     metric: str = ""
-    kind: Literal["space", "generator", "kept", "coarse", "coarse-generator"] = "space"
+    kind: Literal[
+        "space", "generator", "kept", "coarse", "coarse-generator", "longer", "longer-generator"
+    ] = "space"  # fmt: skip
     later: bool = False
 
 
@@ -56,6 +60,9 @@ SPACES = (
     Ordering("Section 5.4", ("still", "moved"), "psnr", "kept"),
     Ordering("Section 5.4", ("frozen", "moved"), "psnr", "kept"),
     Ordering("Tables 2, 6, coarse", ("rae", COARSE_PS_VAE, "rae-hd"), "psnr", "coarse", later=True),
+    Ordering("Tables 2, 6, longer", ("rae", PS_VAE), "psnr", "longer", later=True),
+    Ordering("Tables 2, 6, longer", ("rae", PS_VAE), "ssim", "longer", later=True),
+    Ordering("Tables 2, 6, longer", (PS_VAE, "rae"), "frechet", "longer", later=True),
     Ordering("ReaLS", ("plain", "reals"), "probe"),
 )
 GENERATORS = (
@@ -65,6 +72,7 @@ GENERATORS = (
     Ordering("Table 2", ("plain", "rae"), kind="generator", later=True),
     Ordering("Table 5", (PS_VAE, "on-features", "mlp"), kind="generator"),
     Ordering("Tables 2, 6, coarse", (COARSE_PS_VAE, "rae", "rae-hd"), kind="coarse-generator", later=True),
+    Ordering("Tables 2, 6, longer", (PS_VAE, "rae"), kind="longer-generator", later=True),
     Ordering("ReaLS", ("reals", "plain"), kind="generator"),
 )
 SAID = LABELS | {

@@ -278,11 +278,15 @@ def longer_section(found: Results, plan: dict[str, Any]) -> str:
             last = cells(last_of(found.get(made, {})), *MADE)
             rows.append([LABELS[name], str(steps * plan["space_steps"]), *numbers, *last])
     header = ["space", "steps", "PSNR", "detail", "Fréchet", "probe", *(f"generated: {SAID[x]}" for x in MADE)]
-    return (
-        "## Longer\n\nAdded after the first seed's results, as was the generator in the widest PS-VAE: does a longer "
-        "training of the spaces change the order of RAE and PS-VAE? The first seed; the generators as above.\n\n"
-        + table(header, rows)
-    )
+    return f"""
+## Longer
+
+Added after the first seed's results, as was the generator in the widest PS-VAE: does a longer training of the spaces
+change the order of RAE and PS-VAE? The first seed; the generators as above. Its rows among the orderings were written
+when PS-VAE's reconstructions had been measured.
+
+{table(header, rows)}
+"""
 
 
 def reals_section(found: Results) -> str:
