@@ -32,6 +32,7 @@ def write(results: Path, output: Path, docs: Path, planned: int, remarks: str = 
     draw_sweep(found, images / CHANNELS)
     draw_curves(found, images / CURVES)
     made = {f"generators/{name}-0/samples.png": f"reproduction_made_{name}.png" for name in SHOWN}
+    made |= {f"longer/generators/{name}-0/samples.png": f"reproduction_longer_{name}.png" for name in LONGER}
     for source, name in (made | {"off_manifold/off_manifold.png": "off_manifold.png"}).items():
         if (output / source).exists():
             (images / name).write_bytes((output / source).read_bytes())
@@ -198,11 +199,6 @@ def generation_section(found: Results, plan: dict[str, Any]) -> str:
         "space", *(SAID[metric] for metric in MADE), "Fréchet, reconstructed", "class right, reconstructed",
         "*paper: GenEval*",
     ]  # fmt: skip
-    pictures = [
-        f"{LABELS[name]}:\n\n![Generated pictures](images/reproduction_made_{name}.png)"
-        for name in SHOWN
-        if f"generator-{name}-0" in found
-    ]
     sizes, steps = plan["sizes"], plan["generator_steps"]
     epochs = steps * plan["generator_batch"] / sizes["pictures"]
     size = next((stage["parameters_m"] for name, stage in found.items() if name.startswith("generator-")), None)
@@ -225,8 +221,13 @@ The paper's GenEval asks whether a picture holds what its text says.
 {sampler_text(found, sizes)}
 A column per class, the first seed, the last step.
 
-{(chr(10) * 2).join(pictures)}
+{pictures(found, "made", "generator-{}-0", SHOWN)}
 """
+
+
+def pictures(found: Results, kind: str, stage: str, names: Iterable[str]) -> str:
+    shown = (name for name in names if stage.format(name) in found)
+    return "\n\n".join(f"{LABELS[x]}:\n\n![Generated pictures](images/reproduction_{kind}_{x}.png)" for x in shown)
 
 
 def sampler_text(found: Results, sizes: dict[str, Any]) -> str:
@@ -286,6 +287,8 @@ change the order of RAE and PS-VAE? The first seed; the generators as above. Its
 when PS-VAE's reconstructions had been measured.
 
 {table(header, rows)}
+
+{pictures(found, "longer", "longer-generator-{}", LONGER)}
 """
 
 
