@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from checkpoints import write_text, write_whole
+from checkpoints import write_whole
 from PIL import Image
 from torch import Tensor
 
@@ -40,14 +40,7 @@ def load(data: Path | None, cache: Path) -> tuple[Split, Split]:
     Raises:
         SystemExit: a split or a column is missing, pictures are of another size, or the cache is of other data.
     """
-    asked = {split: source(data, split) for split in ("train", "test")}
-    known = cache / "source.json"
-    if known.exists() and (before := json.loads(known.read_text())) != asked:
-        raise SystemExit(
-            f"{cache} was read from {before}, and {data or DATASET} is {asked}; another --output begins anew"
-        )
-    train, test = (read(data, split, cache / f"{split}.npz") for split in asked)
-    write_text(known, json.dumps(asked) + "\n")
+    train, test = (read(data, split, cache / f"{split}.npz") for split in ("train", "test"))
     return train, test
 
 
@@ -66,15 +59,19 @@ def files_of(data: Path, split: str) -> list[Path]:
 
 
 def read(data: Path | None, split: str, file: Path) -> Split:
+    asked = json.dumps(source(data, split))
     if not file.exists():
         pictures, labels = decode(data, split)
 
         def save(partial: Path) -> None:
             with partial.open("wb") as opened:  # by name, numpy would add an ending
-                np.savez(opened, pictures=pictures, labels=labels)
+                np.savez(opened, pictures=pictures, labels=labels, source=asked)
 
         write_whole(file, save)
     with np.load(file) as content:
+        before = str(content["source"]) if "source" in content else "other data"
+        if before != asked:
+            raise SystemExit(f"{file} was read from {before}, and {data or DATASET} is {asked}; take another --output")
         return Split(torch.from_numpy(content["pictures"]), torch.from_numpy(content["labels"]))
 
 

@@ -39,7 +39,7 @@ def draw_curves(found: Results, file: Path) -> None:
     if not any(stage.startswith("generator-") for stage in found):
         return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for number_, name in enumerate(GENERATED):
+    for colour, name in zip(COLOURS, GENERATED, strict=False):  # ten for seven
         curves = [found[stage]["curve"] for seed in SEEDS if (stage := f"generator-{name}-{seed}") in found]
         if not curves:
             continue
@@ -47,8 +47,8 @@ def draw_curves(found: Results, file: Path) -> None:
         for axis, metric in zip(axes, ("frechet", "class_accuracy"), strict=True):
             values = [[curve[str(step)][metric] for curve in curves] for step in steps]
             axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], alpha=0.15, linewidth=0,
-                              color=COLOURS[number_])  # fmt: skip
-            axis.plot(steps, [sum(v) / len(v) for v in values], color=COLOURS[number_], label=LABELS[name])
+                              color=colour)  # fmt: skip
+            axis.plot(steps, [sum(v) / len(v) for v in values], color=colour, label=LABELS[name])
     axes[0].set(title="Fréchet distance", xlabel="training step")
     axes[1].set(title="class right", xlabel="training step")
     for axis in axes:
